@@ -1,0 +1,388 @@
+"""What a run can be told: typed, frozen sections, one class per YAML section.
+
+Only ranges of single values are checked here; what must fit together is in checks.py. The words
+are Megatron's where it has one. Nothing here imports torch: a configuration is read and refused in
+well under a second, on a laptop or on a login node.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        strict=False,
+    )
+
+
+class Architecture(Section):
+    """A decoder-only transformer of the Llama shape (the names are Megatron's)."""
+
+    num_layers: Positive
+    """Transformer layers over all pipeline stages."""
+    hidden_size: Positive
+    """Width of the residual stream."""
+    num_attention_heads: Positive
+    """Query heads."""
+    vocab_size: Positive
+    """Real token ids, padding excluded: the heads are padded at load to what the layout needs."""
+    num_query_groups: Positive | None = None
+    """Key and value heads (grouped-query attention); none: as many as query heads."""
+    kv_channels: Positive | None = None
+    """Channels per head; none: hidden_size / num_attention_heads."""
+    ffn_hidden_size: Positive | None = None
+    """Width inside the feed-forward block; none: 4 * hidden_size, 8/3 of it where gated."""
+    activation: Literal["swiglu", "geglu", "gelu", "silu"] = "swiglu"
+    """Feed-forward activation; the first two are gated."""
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """Kind of normalisation before attention, before the feed-forward block and at the end."""
+    layernorm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the variance."""
+    add_bias_linear: bool = False
+    """Biases in every linear layer."""
+    add_qkv_bias: bool = False
+    """Biases in the query, key and value projections only (Qwen2)."""
+    qk_layernorm: bool = False
+    """Normalise queries and keys per head (Qwen3)."""
+    rotary_base: Positive = 10000
+    """Base period of the rotary position embedding."""
+    rotary_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each head's channels that is rotated."""
+    sliding_window: Positive | None = None
+    """A token sees itself and the sliding_window - 1 tokens before it; none: all before it."""
+    tie_embeddings: bool = False
+    """The output layer shares the input embedding's weight."""
+    init_method_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of random weights (scaled by 1/sqrt(2 * num_layers) on output layers)."""
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Key and value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward block multiplies two projections."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def ffn_width(self) -> int:
+        """Width inside the feed-forward block, the default resolved."""
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        return int(self.hidden_size * 8 / 3) if self.gated else 4 * self.hidden_size
+
+
+class Student(Section):
+    """The model that is trained."""
+
+    architecture: Architecture
+    """Its shape; the weights start at random, by run.seed."""
+    layers_per_stage: tuple[NotNegative, ...] | None = None
+    """Layers of each (virtual) pipeline stage in model order; none: an even split."""
+    hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the residual branches."""
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the attention weights."""
+
+
+class Teacher(Section):
+    """The frozen model the student learns from: a checkpoint of this system, or random weights."""
+
+    checkpoint: Path | None = None
+    """A checkpoint folder, or a run folder (its newest checkpoint); carries its architecture."""
+    architecture: Architecture | None = None
+    """A shape with random weights, for tests and benchmarks."""
+    layers_per_stage: tuple[NotNegative, ...] | None = None
+    """As the student's; the teacher has a split of its own."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Type of its weights and activations; none: training.precision."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Teacher:
+        if (self.checkpoint is None) == (self.architecture is None):
+            raise ValueError("give either 'checkpoint' or 'architecture', and not both")
+        return self
+
+
+class Loss(Section):
+    """What is minimised, per token."""
+
+    name: Literal["taid", "forward_kl", "cross_entropy"] = "taid"
+    """The divergence between teacher and student, or cross-entropy to the labels alone."""
+    ce_weight: Fraction = 0.0
+    """The loss is (1 - ce_weight) * divergence + ce_weight * cross-entropy to the labels."""
+    kernel: Literal["auto", "torch"] = "auto"
+    """Implementation of the divergence."""
+
+
+class Taid(Section):
+    """The interpolation schedule of `loss.name: taid`."""
+
+    t_start: Fraction = 0.4
+    """Interpolation at the first step: the share of the teacher in the target's logits."""
+    t_end: Fraction = 1.0
+    """Interpolation at the last step."""
+    alpha: Annotated[float, Field(ge=0)] = 5e-4
+    """Largest adaptive step of t."""
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Momentum of the objective's relative improvement."""
+    adaptive: bool = True
+    """False: t follows the straight line from t_start to t_end."""
+    rule: Literal["paper", "official"] = "paper"
+    """'official' follows the authors' released code where it differs from their text."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> Taid:
+        if self.t_start > self.t_end:
+            raise ValueError(f"t_start {self.t_start} is above t_end {self.t_end}")
+        return self
+
+
+class Parallel(Section):
+    """How the pair is spread over the ranks; data parallelism is what remains of the world."""
+
+    tensor: Positive = 1
+    """Ranks that share each layer (tensor_model_parallel_size)."""
+    pipeline: Positive = 1
+    """Pipeline stages (pipeline_model_parallel_size)."""
+    virtual_pipeline: Positive | None = None
+    """Model chunks per pipeline stage (interleaved schedule); needs overlap_p2p at pipeline=2."""
+    context: Positive = 1
+    """Ranks that share each sequence; needs Transformer Engine's attention."""
+    expert: Positive = 1
+    """Ranks that share the experts of a mixture; needs a mixture-of-experts model."""
+    sequence_parallel: bool = False
+    """Shard the activations between tensor-parallel blocks along the sequence."""
+    distributed_optimizer: bool = False
+    """Shard the optimizer's state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over the data-parallel ranks while the backward still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward runs; needs the distributed optimizer."""
+    overlap_p2p: bool | None = None
+    """Overlap the pipeline's messages with compute; none: on with virtual_pipeline, else off."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks of one replica of the pair."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def p2p_overlapped(self) -> bool:
+        """overlap_p2p, its default resolved."""
+        return self.virtual_pipeline is not None if self.overlap_p2p is None else self.overlap_p2p
+
+
+class Recompute(Section):
+    """Activations that are computed again in the backward instead of kept."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    """'selective' recomputes `modules`; 'full' whole layers."""
+    method: Literal["uniform", "block"] = "uniform"
+    """Of 'full': checkpoint every num_layers layers, or the first num_layers of each stage."""
+    num_layers: Positive = 1
+    """Of 'full': see method."""
+    modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = ("core_attn",)
+    """Of 'selective': which parts; 'layernorm' needs Transformer Engine."""
+
+
+class RampUp(Section):
+    """Global batch size that grows at the start of a run."""
+
+    start: Positive
+    """First global batch size, in sequences."""
+    increment: Positive
+    """Sequences added at each stage."""
+    samples: Positive
+    """Sequences over which the full size is reached."""
+
+
+class Training(Section):
+    """Batch, length, precision."""
+
+    micro_batch_size: Positive = 1
+    """Sequences per rank and forward pass."""
+    global_batch_size: Positive
+    """Sequences per optimizer step over all ranks."""
+    rampup: RampUp | None = None
+    """Global batch size at the start of the run."""
+    seq_length: Positive
+    """Tokens per sequence."""
+    steps: Positive | None = None
+    """Optimizer steps of the whole run; either this or tokens."""
+    tokens: Positive | None = None
+    """Tokens of the whole run, rounded up to whole optimizer steps."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Stop after this much time in this process, with a checkpoint; resuming goes on."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Type of weights and activations; gradients are summed and weights updated in fp32."""
+    recompute: Recompute = Recompute()
+    """Activations to compute again instead of keeping."""
+    gc_interval: NotNegative = 100
+    """Steps between garbage collections, on all ranks at once; 0 leaves it to Python."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give either 'steps' or 'tokens', and not both")
+        return self
+
+
+class Optimizer(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the decay."""
+    warmup_steps: NotNegative = 0
+    """Steps of linear warm-up from 0."""
+    decay: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """'wsd' stays at lr and decays over the last wsd_decay_steps only."""
+    wsd_decay_steps: NotNegative = 0
+    """Of 'wsd': steps of the final decay."""
+    wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
+    """Of 'wsd': shape of the final decay."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the squared gradient's mean."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the squared gradient's mean."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled; norms and biases are excluded."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+    @model_validator(mode="after")
+    def _falls(self) -> Optimizer:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        return self
+
+
+class BlendPart(Section):
+    """One dataset of a blend."""
+
+    prefix: Path
+    """Path of the .bin/.idx pair without its ending."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the samples, relative to the other parts."""
+
+
+def _plain_prefix(value: object) -> object:
+    """Let `blend: [a, b]` and `blend: a` stand for equally weighted parts."""
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return [{"prefix": part} if isinstance(part, (str, Path)) else part for part in parts]
+
+
+Blend = Annotated[tuple[BlendPart, ...], BeforeValidator(_plain_prefix)]
+
+
+class Data(Section):
+    """Indexed datasets (`taid-data prepare` makes them)."""
+
+    blend: Blend
+    """Training data: prefixes, or {prefix, weight} parts."""
+    validation: Blend | None = None
+    """Held-out data; none: no evaluation."""
+    reader: Literal["gpt"] = "gpt"
+    """'gpt': megatron-core's GPTDataset, sequences packed across documents."""
+    cache: Path | None = None
+    """Where the sample index is kept; none: RUN/cache."""
+    eod_mask_loss: bool = False
+    """Leave out of the loss the token that follows an end of document."""
+    reset_position_ids: bool = False
+    """Count positions from 0 in every document."""
+    reset_attention_mask: bool = False
+    """Tokens attend within their own document only."""
+    prefetch: NotNegative = 2
+    """Micro-batches read ahead by a background thread; 0 reads in the training thread."""
+
+
+class Checkpoint(Section):
+    """Saving and resuming."""
+
+    every: Positive | None = None
+    """Steps between checkpoints; none: only at the end."""
+    resume: bool = True
+    """Go on from the newest checkpoint of the run folder where there is one."""
+
+
+class Engine(Section):
+    """Which layers carry the models."""
+
+    layers: Literal["auto", "local"] = "auto"
+    """'local': megatron-core's own layers with torch's scaled_dot_product_attention."""
+
+
+class Evaluation(Section):
+    """Held-out figures during and after training; they never touch t."""
+
+    every: Positive | None = None
+    """Steps between evaluations; none: only at the end."""
+    samples: Positive = 64
+    """Held-out sequences, the same every time; rounded up to whole global micro-batches."""
+
+
+class Logging(Section):
+    """What is written, and how often."""
+
+    every: Positive = 1
+    """Steps between records of metrics.jsonl and TensorBoard."""
+    tensorboard: bool = True
+    """Write TensorBoard events into RUN/tensorboard."""
+    progress: bool = True
+    """Show a progress line on rank 0 (a plain line per record where there is no terminal)."""
+    profile_steps: tuple[NotNegative, NotNegative] | None = None
+    """First and last step of a torch profiler trace, in RUN/profile."""
+    memory_snapshot_step: Positive | None = None
+    """Step after which the CUDA allocator's history is written to RUN/profile."""
+
+
+class Run(Section):
+    """Where the run lives, and its seed."""
+
+    folder: Path
+    """Everything the run writes."""
+    seed: NotNegative = 1234
+    """Of weights, data order and dropout."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Run
+    student: Student
+    teacher: Teacher | None = None
+    loss: Loss = Loss()
+    taid: Taid = Taid()
+    parallel: Parallel = Parallel()
+    training: Training
+    optimizer: Optimizer
+    data: Data
+    checkpoint: Checkpoint = Checkpoint()
+    engine: Engine = Engine()
+    evaluation: Evaluation = Evaluation()
+    logging: Logging = Logging()
