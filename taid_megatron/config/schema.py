@@ -121,7 +121,9 @@ class Teacher(Section):
     @model_validator(mode="after")
     def _one_source(self) -> Teacher:
         if (self.checkpoint is None) == (self.architecture is None):
-            raise ValueError("give either 'checkpoint' or 'architecture', and not both")
+            raise ValueError(
+                "give either 'checkpoint' or 'architecture', and not both (null removes one)"
+            )
         return self
 
 
@@ -245,7 +247,7 @@ class Training(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Training:
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError("give either 'steps' or 'tokens', and not both")
+            raise ValueError("give either 'steps' or 'tokens', and not both (null removes one)")
         return self
 
 
@@ -309,6 +311,8 @@ class Data(Section):
     """Held-out data; none: no evaluation."""
     reader: Literal["gpt"] = "gpt"
     """'gpt': megatron-core's GPTDataset, sequences packed across documents."""
+    eod_id: NotNegative | None = None
+    """End-of-document token id; none: the one in the first prefix's manifest."""
     cache: Path | None = None
     """Where the sample index is kept; none: RUN/cache."""
     eod_mask_loss: bool = False

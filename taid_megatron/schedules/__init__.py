@@ -1,0 +1,5 @@
+"""Schedules of the distillation: values in, a value out; no torch, no process groups."""
+
+from taid_megatron.schedules.taid import TAIDSchedule
+
+__all__ = ["TAIDSchedule"]

@@ -1,0 +1,320 @@
+"""What prepared data looks like on disk: PREFIX.bin, PREFIX.idx and PREFIX.manifest.json.
+
+The one module that the data tools and the trainer share; it imports neither torch nor megatron.
+
+PREFIX.bin holds the token ids of all sequences, one after the other, without a header.
+PREFIX.idx describes it (little-endian; source: megatron-core 0.16, datasets/indexed_dataset.py):
+
+    offset  0   9 bytes   magic, b"MMIDIDX\\0\\0"
+    offset  9   uint64    version, 1
+    offset 17   uint8     code of the token type, see TOKEN_DTYPES
+    offset 18   uint64    S, number of sequences
+    offset 26   uint64    D, number of entries in the document table (documents + 1)
+    offset 34   int32[S]  tokens in each sequence
+                int64[S]  byte offset of each sequence in PREFIX.bin
+                int64[D]  first sequence of each document, then S
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+TOKEN_DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype(np.uint8),
+    2: np.dtype(np.int8),
+    3: np.dtype(np.int16),
+    4: np.dtype(np.int32),
+    5: np.dtype(np.int64),
+    8: np.dtype(np.uint16),
+}
+
+# Rows of the index handled at once: 8 MiB of int64, whatever the corpus' size.
+CHUNK_ROWS = 1 << 20
+
+
+class DataError(ValueError):
+    """Bad input: the message is one line that names the file (and row), the fault and the mend."""
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """PREFIX.bin. Appends: a prefix may hold dots of its own."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """PREFIX.idx."""
+    return Path(f"{prefix}.idx")
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    """PREFIX.manifest.json."""
+    return Path(f"{prefix}.manifest.json")
+
+
+# ---------------------------------------------------------------------------------------------
+# PREFIX.bin and PREFIX.idx
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class IndexedFiles:
+    """A checked PREFIX.bin / PREFIX.idx pair; the arrays are memory-mapped at each call."""
+
+    prefix: str
+    dtype: np.dtype[Any]
+    num_sequences: int
+    num_documents: int
+    num_tokens: int
+
+    def sequence_lengths(self) -> np.ndarray:
+        """Tokens in each sequence. int32 [num_sequences]."""
+        return self._table(np.int32, HEADER.size, self.num_sequences)
+
+    def sequence_pointers(self) -> np.ndarray:
+        """Byte offset of each sequence in PREFIX.bin. int64 [num_sequences]."""
+        return self._table(np.int64, HEADER.size + 4 * self.num_sequences, self.num_sequences)
+
+    def document_indices(self) -> np.ndarray:
+        """First sequence of each document, then num_sequences. int64 [num_documents + 1]."""
+        offset = HEADER.size + 12 * self.num_sequences
+        return self._table(np.int64, offset, self.num_documents + 1)
+
+    def document(self, number: int) -> np.ndarray:
+        """Token ids of document `number`, counted from 0. [tokens of the document]."""
+        first, end = self.document_indices()[number : number + 2]
+        if first == end:
+            return np.empty(0, dtype=self.dtype)
+        num_tokens = int(self.sequence_lengths()[first:end].sum(dtype=np.int64))
+        offset = int(self.sequence_pointers()[first])
+        return np.fromfile(bin_path(self.prefix), self.dtype, count=num_tokens, offset=offset)
+
+    def _table(self, dtype: type, offset: int, rows: int) -> np.ndarray:
+        if rows == 0:  # a memory map cannot be empty
+            return np.empty(0, dtype=dtype)
+        return np.memmap(idx_path(self.prefix), dtype, mode="r", offset=offset, shape=(rows,))
+
+
+def check_indexed(prefix: str | Path, *, deep: bool = False) -> IndexedFiles:
+    """Whether PREFIX.bin and PREFIX.idx exist and fit together.
+
+    Plain: the header, both files' lengths and the ends of the tables, in constant time.
+    `deep`: every row of the tables too, reading the whole index in bounded memory.
+    Raises DataError naming the file, the fault and the mend.
+    """
+    data, index = bin_path(prefix), idx_path(prefix)
+    for path in (data, index):
+        if not path.is_file():
+            raise DataError(
+                f"{path}: no such file; give the prefix without .bin or .idx, or prepare the "
+                "data with `taid-data prepare`"
+            )
+    files = _read_header(prefix)
+    documents = files.document_indices()
+    if documents[0] != 0 or documents[-1] != files.num_sequences:
+        raise _damaged(index, "its document table does not span its sequences")
+    end = 0
+    if files.num_sequences:
+        end = int(files.sequence_pointers()[-1])
+        end += int(files.sequence_lengths()[-1]) * files.dtype.itemsize
+    if end != data.stat().st_size:
+        raise _damaged(data, f"{data.stat().st_size} bytes where {index.name} describes {end}")
+    if deep:
+        _check_tables(files)
+    return files
+
+
+def _read_header(prefix: str | Path) -> IndexedFiles:
+    index = idx_path(prefix)
+    with index.open("rb") as stream:
+        head = stream.read(HEADER.size)
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
+        raise _damaged(index, "not a Megatron index (its first bytes are not MMIDIDX)")
+    _, version, code, num_sequences, num_entries = HEADER.unpack(head)
+    if version != VERSION or code not in TOKEN_DTYPES or num_entries < 1:
+        raise _damaged(
+            index, f"version {version}, token type {code} and {num_entries} document entries"
+        )
+    expected = HEADER.size + 12 * num_sequences + 8 * num_entries
+    if index.stat().st_size != expected:
+        raise _damaged(
+            index,
+            f"{index.stat().st_size} bytes where its header describes {expected} "
+            "(cut off, or with multimodal tables, which are not supported)",
+        )
+    dtype = TOKEN_DTYPES[code]
+    return IndexedFiles(
+        prefix=str(prefix),
+        dtype=dtype,
+        num_sequences=num_sequences,
+        num_documents=num_entries - 1,
+        num_tokens=bin_path(prefix).stat().st_size // dtype.itemsize,
+    )
+
+
+def _check_tables(files: IndexedFiles) -> None:
+    index = idx_path(files.prefix)
+    lengths, pointers = files.sequence_lengths(), files.sequence_pointers()
+    position = 0
+    for first in range(0, files.num_sequences, CHUNK_ROWS):
+        chunk = lengths[first : first + CHUNK_ROWS].astype(np.int64)
+        if chunk.min() < 0:
+            raise _damaged(index, f"sequence {first + int(chunk.argmin())} has a negative length")
+        ends = position + np.cumsum(chunk * files.dtype.itemsize)
+        starts = np.concatenate(([position], ends[:-1]))
+        wrong = np.flatnonzero(pointers[first : first + CHUNK_ROWS] != starts)
+        if wrong.size:
+            raise _damaged(
+                index, f"sequence {first + wrong[0]} does not start where the one before it ends"
+            )
+        position = int(ends[-1])
+    documents = files.document_indices()
+    for first in range(0, files.num_documents, CHUNK_ROWS):
+        wrong = np.flatnonzero(np.diff(documents[first : first + CHUNK_ROWS + 1]) < 0)
+        if wrong.size:
+            raise _damaged(index, f"document {first + wrong[0]} ends before it starts")
+
+
+def _damaged(path: Path, fault: str) -> DataError:
+    return DataError(f"{path}: {fault}; prepare the data again or copy both files again")
+
+
+def index_fingerprint(prefix: str | Path) -> str:
+    """xxh3-128 (hex) of PREFIX.bin's length and PREFIX.idx, of which at most 64 MiB are read.
+
+    Tells apart two corpora prepared under one prefix, one after the other; no proof of integrity.
+    """
+    block, most = 1 << 20, 64
+    digest = xxhash.xxh3_128(struct.pack("<Q", bin_path(prefix).stat().st_size))
+    with idx_path(prefix).open("rb") as stream:
+        blocks = max(1, -(-os.fstat(stream.fileno()).st_size // block))
+        for number in np.unique(np.linspace(0, blocks - 1, most).astype(np.int64)):
+            stream.seek(int(number) * block)
+            digest.update(stream.read(block))
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# PREFIX.manifest.json
+# ---------------------------------------------------------------------------------------------
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(_Record):
+    """A file as it was read or written."""
+
+    name: str
+    bytes: int = Field(ge=0)
+    xxh3: str = Field(pattern="^[0-9a-f]{32}$")
+
+
+class TokenizerRecord(_Record):
+    """The tokenizer that made the tokens; `fingerprint` is the xxh3-128 of its file."""
+
+    kind: Literal["sentencepiece", "tokenizer.json"]
+    name: str
+    fingerprint: str = Field(pattern="^[0-9a-f]{32}$")
+    vocab_size: int = Field(gt=0)
+    eod_id: int = Field(ge=0)
+
+
+class Options(_Record):
+    """The choices that decide the tokens, besides the sources and the tokenizer."""
+
+    text_column: str
+    append_eod: bool
+
+
+class Manifest(_Record):
+    """What was prepared, from what, with what. The same inputs give the same bytes."""
+
+    format: Literal[1] = 1
+    sources: list[FileRecord]
+    tokenizer: TokenizerRecord
+    options: Options
+    dtype: Literal["uint16", "int32"]
+    documents: int = Field(ge=0)
+    empty_documents: int = Field(ge=0)
+    """Documents without a token (empty texts); they are left out and not counted in `documents`."""
+    tokens: int = Field(ge=0)
+    outputs: list[FileRecord]
+    versions: dict[str, str]
+
+
+def read_manifest(prefix: str | Path) -> Manifest | None:
+    """PREFIX.manifest.json, or None where there is none (data that another tool prepared).
+
+    Raises DataError where it is not a manifest that this version understands.
+    """
+    path = manifest_path(prefix)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        return Manifest.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(f"{path}: {where}: {first['msg']}; prepare the data again") from error
+
+
+def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
+    """Writes PREFIX.manifest.json in one piece: a reader sees the old one or the new one."""
+    write_atomically(manifest_path(prefix), manifest.model_dump_json(indent=1).encode() + b"\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` for a file under construction; no two runs share one."""
+    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes `content` under a temporary name, reaches the disk, then takes the name `path`."""
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-128 of a file's content, hex; reads 8 MiB at a time."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(8 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,234 @@
+"""Tokenizers behind one small interface, and the training of a sentencepiece BPE.
+
+Literal special tokens in a text stay text: no document can forge an end-of-document id. That id
+is the tokenizer's own and never guessed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.manifest import DataError, TokenizerRecord, hash_file, write_atomically
+
+END_OF_TEXT = "<|endoftext|>"
+KNOWN_EOD_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
+
+# How sentencepiece writes a space inside its pieces, and this character's bytes in UTF-8.
+_SPACE_MARK = "\u2581"
+_SPACE_MARK_PIECES = ("<0xE2>", "<0x96>", "<0x81>")
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. `vocab_size` bounds every id; `eod_id` ends a document."""
+
+    kind: str
+    vocab_size: int
+    eod_id: int
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.fingerprint = hash_file(path)
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, without any added special token. Each int32 [n]."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids."""
+
+    def record(self) -> TokenizerRecord:
+        """What the manifest keeps."""
+        return TokenizerRecord.model_validate(
+            {
+                "kind": self.kind,
+                "name": self.path.name,
+                "fingerprint": self.fingerprint,
+                "vocab_size": self.vocab_size,
+                "eod_id": self.eod_id,
+            }
+        )
+
+
+def load_tokenizer(
+    path: str | Path, *, eod_token: str | None = None, threads: int = 0
+) -> Tokenizer:
+    """A sentencepiece model (`*.model`) or a Hugging Face `tokenizer.json`.
+
+    eod_token: the end-of-document token, where the tokenizer does not say which it is.
+    threads: of sentencepiece's encoder; 0: one per CPU that this process may use.
+    Raises DataError where the file is missing, unreadable, or its end of document unknown.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give a sentencepiece .model or a tokenizer.json")
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path, eod_token, threads or len(os.sched_getaffinity(0)))
+    if path.suffix == ".json":
+        return JsonTokenizer(path, eod_token)
+    raise DataError(f"{path}: unknown kind of tokenizer; give a .model or a tokenizer.json")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path, eod_token: str | None, threads: int):
+        import sentencepiece
+
+        super().__init__(path)
+        self.threads = threads
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        except RuntimeError as error:
+            raise DataError(f"{path}: not a sentencepiece model; give another file") from error
+        self.vocab_size = self.model.vocab_size()
+        self.eod_id = self._find_eod(eod_token)
+        self._space_mark_ids = self._find_space_mark()
+
+    def _find_eod(self, eod_token: str | None) -> int:
+        if eod_token is None:
+            found = self.model.eos_id()
+            if found < 0:
+                raise DataError(
+                    f"{self.path}: the model has no end-of-sentence id; name one: --eod-token"
+                )
+            return found
+        found = self.model.piece_to_id(eod_token)
+        if self.model.id_to_piece(found) != eod_token:
+            raise DataError(f"{self.path}: no token {eod_token!r}; give another --eod-token")
+        return found
+
+    def _find_space_mark(self) -> list[int] | None:
+        """Ids of the bytes of a literal U+2581, where encoding in parts changes nothing else.
+
+        sentencepiece itself reads that character as a space. A model without byte pieces cannot
+        do better; one with a dummy prefix would put a space before each part.
+        """
+        ids = [self.model.piece_to_id(piece) for piece in _SPACE_MARK_PIECES]
+        adds_prefix = self.model.id_to_piece(self.model.encode("a")[:1])[0].startswith(_SPACE_MARK)
+        return ids if all(map(self.model.is_byte, ids)) and not adds_prefix else None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, without any added special token. Each int32 [n]."""
+        batch = self.model.encode(list(texts), num_threads=self.threads)
+        if self._space_mark_ids is not None:
+            for row, text in enumerate(texts):
+                if _SPACE_MARK in text:
+                    batch[row] = self._encode_around_space_marks(text, self._space_mark_ids)
+        return [np.asarray(ids, dtype=np.int32) for ids in batch]
+
+    def _encode_around_space_marks(self, text: str, mark: list[int]) -> list[int]:
+        first, *rest = self.model.encode(text.split(_SPACE_MARK))
+        return first + [token for part in rest for token in mark + part]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; control tokens such as the end of document have none."""
+        return self.model.decode([int(token) for token in ids])
+
+
+class JsonTokenizer(Tokenizer):
+    """A Hugging Face `tokenizer.json`, read by the `tokenizers` package."""
+
+    kind = "tokenizer.json"
+
+    def __init__(self, path: Path, eod_token: str | None):
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise DataError(
+                f"{path}: reading it needs the package `tokenizers`; pip install tokenizers"
+            ) from error
+        super().__init__(path)
+        try:
+            self.model: Any = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises bare Exception
+            raise DataError(f"{path}: not a tokenizer.json ({error}); give another file") from error
+        # A tokenizer.json may carry the settings of some fine-tuning script.
+        self.model.no_truncation()
+        self.model.no_padding()
+        self.model.encode_special_tokens = True
+        self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values()) + 1
+        self.eod_id = self._find_eod(eod_token)
+
+    def _find_eod(self, eod_token: str | None) -> int:
+        if eod_token is not None:
+            found = self.model.token_to_id(eod_token)
+            if found is None:
+                raise DataError(f"{self.path}: no token {eod_token!r}; give another --eod-token")
+            return found
+        ids = {token: self.model.token_to_id(token) for token in KNOWN_EOD_TOKENS}
+        known = [token for token in KNOWN_EOD_TOKENS if ids[token] is not None]
+        if len(known) != 1:
+            raise DataError(
+                f"{self.path}: which token ends a document is not clear (of "
+                f"{', '.join(KNOWN_EOD_TOKENS)} it has {', '.join(known) or 'none'}); "
+                "name it: --eod-token"
+            )
+        return ids[known[0]]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, without any added special token. Each int32 [n]."""
+        batch = self.model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in batch]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens included."""
+        return self.model.decode([int(token) for token in ids], skip_special_tokens=False)
+
+
+def train_sentencepiece(texts: Iterable[str], out: str | Path, vocab_size: int) -> None:
+    """Trains a byte-level-safe sentencepiece BPE on `texts` and writes it to `out` (`*.model`).
+
+    Every text round-trips exactly: no normalisation, whitespace kept, bytes for rare characters.
+    Ids: 0 `<|endoftext|>` (a control token: no text encodes to it), 1 `<unk>` (never used), then
+    256 bytes. All texts are held in memory: give a sample. The same texts give the same file.
+    Raises DataError where the texts do not fill the vocabulary.
+    """
+    import sentencepiece
+
+    out = Path(out)
+    if out.suffix != ".model":
+        raise DataError(f"{out}: the name of a sentencepiece model ends in .model; rename it")
+    sample = list(texts)
+    if not any(sample):
+        raise DataError(f"{out}: no text to train on; give inputs that are not empty")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            # Not 1.0: a few thousand rare characters would crowd out words; they become bytes.
+            character_coverage=0.9995,
+            max_sentence_length=1 << 30,  # longer texts would be left out without a word
+            eos_id=0,
+            eos_piece=END_OF_TEXT,
+            unk_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=1,  # the number is recorded in the model: one file whatever the machine
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{out}: {vocab_size} tokens cannot be learned from these texts; change --vocab-size "
+            f"or give more text ({reason})"
+        ) from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, model.getvalue())

@@ -1,0 +1,109 @@
+"""The `taid-megatron` command: parses, calls, prints; no logic.
+
+Exit codes: 0 done; 2 bad arguments, configuration or input, with one line on stderr; 1 an internal
+failure, with a traceback; 75 stopped on a signal with a checkpoint saved, to be resumed; 130
+interrupted from the keyboard. Commands import what they run when they run: reading a bad
+configuration takes no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from taid_megatron import __version__
+from taid_megatron.config.errors import UserError
+
+app = typer.Typer(
+    help="Pre-training distillation: teacher and student in one Megatron pipeline.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+# typer's parser is click, its own copy or the package, by version: reached by its base class.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that replace the file's."),
+]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration of a run.")],
+    overrides: Overrides = None,
+) -> int:
+    """Train a student as CONFIG says.
+
+    On several ranks: torchrun --nproc-per-node N -m taid_megatron train CONFIG
+    """
+    from taid_megatron.config.load import load
+
+    settings = load(config, overrides or ())
+    from taid_megatron.training.loop import run
+
+    return run(settings)
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path, typer.Option(help="Where the run lives.")] = Path("runs/quickstart"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, do not resume.")] = False,
+) -> int:
+    """Distil a small model on this machine."""
+    from taid_megatron.quickstart import run
+
+    return run(folder=folder, fresh=fresh)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"taid-megatron {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show it.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code. arguments: default sys.argv[1:]."""
+    try:
+        code = app(arguments, prog_name="taid-megatron", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except _UsageError as error:
+        return _refuse(f"{error.format_message().rstrip('.')}; see taid-megatron --help")
+    except Exception as error:
+        if not _is_mendable(error):
+            raise
+        return _refuse(str(error))
+    return code or 0
+
+
+def _is_mendable(error: Exception) -> bool:
+    """Whether the error is the user's to mend, its text the one line to show."""
+    if isinstance(error, UserError):
+        return True
+    from data_tools.manifest import DataError
+
+    return isinstance(error, DataError)
+
+
+def _refuse(message: str) -> int:
+    # All ranks of a run find the same fault: the first one says it, all of them end.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"taid-megatron: {' '.join(message.splitlines())}", file=sys.stderr)
+    return 2

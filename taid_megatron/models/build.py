@@ -1,0 +1,203 @@
+"""One pipeline stage of a GPT: megatron-core's model from an architecture and a layout."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from torch import Tensor
+from torch.nn import functional
+
+from taid_megatron.config.checks import EngineAbilities
+from taid_megatron.config.schema import Architecture, Parallel, Recompute
+from taid_megatron.models.attention import TorchAttention
+from taid_megatron.models.norms import norm_for
+from taid_megatron.models.vocabulary import Vocabulary
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ACTIVATIONS = {
+    "swiglu": functional.silu,
+    "silu": functional.silu,
+    "geglu": functional.gelu,
+    "gelu": functional.gelu,
+}
+
+
+class GPTStage(GPTModel):
+    """megatron-core's GPTModel that ends in logits as the loss wants them: [s, b, V/tp].
+
+    GPTModel without labels transposes and copies its logits to [b, s, V/tp], a hidden copy of the
+    largest tensor of the step.
+    """
+
+    reset_positions = False
+    """Rotary angles follow position_ids (megatron-core counts along the sequence)."""
+
+    def _preprocess(
+        self, input_ids: Tensor, position_ids: Tensor, *args: object, **kwargs: object
+    ) -> tuple:
+        decoder_input, angles, *rest = super()._preprocess(
+            input_ids, position_ids, *args, **kwargs
+        )
+        if self.reset_positions and angles is not None:
+            # [s, 1, 1, d] along the sequence -> [s, b, 1, d] at each token's own position
+            angles = angles[position_ids.t(), 0, 0].unsqueeze(2)
+        return decoder_input, angles, *rest
+
+    def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        logits, _ = self.output_layer(hidden_states, weight=weight)
+        return logits
+
+
+def transformer_config(
+    architecture: Architecture,
+    parallel: Parallel,
+    *,
+    precision: str,
+    abilities: EngineAbilities,
+    layers_per_stage: tuple[int, ...] | None = None,
+    recompute: Recompute | None = None,
+    hidden_dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+) -> TransformerConfig:
+    """megatron-core's description of a model under a layout. Raises ValueError where they clash."""
+    dtype = DTYPES[precision]
+    window = architecture.sliding_window
+    overlapped = parallel.p2p_overlapped
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.query_groups,
+        kv_channels=architecture.head_channels,
+        ffn_hidden_size=architecture.ffn_width,
+        gated_linear_unit=architecture.gated,
+        activation_func=_ACTIVATIONS[architecture.activation],
+        normalization=architecture.normalization,
+        layernorm_epsilon=architecture.layernorm_epsilon,
+        add_bias_linear=architecture.add_bias_linear,
+        add_qkv_bias=architecture.add_qkv_bias,
+        qk_layernorm=architecture.qk_layernorm,
+        window_size=None if window is None else (window - 1, 0),
+        hidden_dropout=hidden_dropout,
+        attention_dropout=attention_dropout,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        pipeline_model_parallel_layout=_pipeline_layout(layers_per_stage),
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence_parallel,
+        overlap_p2p_comm=overlapped,
+        batch_p2p_comm=not overlapped,
+        # The overlapped schedule frees an output whose message may still be leaving: in order on a
+        # CUDA stream, but gloo reads the memory itself and would send what came after.
+        deallocate_pipeline_outputs=abilities.has_cuda,
+        # sums and counts travel, one division at the end: see training/step.py
+        calculate_per_token_loss=True,
+        # weights are filled by models/initialize.py or a checkpoint; Megatron's initialisation
+        # still runs, for the tensor-parallel marks it leaves on each parameter
+        init_method=_leave_alone,
+        output_layer_init_method=_leave_alone,
+        gradient_accumulation_fusion=abilities.has_apex,
+        # these fusions go through torch.compile, which wants a compiler on a CPU
+        bias_activation_fusion=abilities.has_cuda,
+        bias_dropout_fusion=abilities.has_cuda,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        **_recompute_options(recompute),
+    )
+
+
+def build_stages(
+    architecture: Architecture,
+    config: TransformerConfig,
+    vocabulary: Vocabulary,
+    *,
+    seq_length: int,
+    reset_positions: bool = False,
+) -> list[GPTStage]:
+    """This rank's model chunks (one, or virtual_pipeline of them), weights not yet filled."""
+    chunks = config.virtual_pipeline_model_parallel_size
+    stages = []
+    for vp_stage in range(chunks) if chunks else [None]:
+        stage = GPTStage(
+            config,
+            _block_spec(config, architecture, vp_stage),
+            vocab_size=vocabulary.padded,
+            max_sequence_length=seq_length,
+            position_embedding_type="rope",
+            rotary_percent=architecture.rotary_percent,
+            rotary_base=architecture.rotary_base,
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            share_embeddings_and_output_weights=architecture.tie_embeddings,
+            parallel_output=True,
+            vp_stage=vp_stage,
+        )
+        stage.reset_positions = reset_positions
+        stages.append(stage)
+    return stages
+
+
+def _leave_alone(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _pipeline_layout(layers_per_stage: tuple[int, ...] | None) -> list[list[str]] | None:
+    if layers_per_stage is None:
+        return None
+    layout = [["decoder"] * layers for layers in layers_per_stage]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
+
+
+def _recompute_options(recompute: Recompute | None) -> dict:
+    if recompute is None or recompute.granularity == "none":
+        return {}
+    if recompute.granularity == "selective":
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(recompute.modules),
+        }
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": recompute.method,
+        "recompute_num_layers": recompute.num_layers,
+    }
+
+
+def _block_spec(
+    config: TransformerConfig, architecture: Architecture, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """megatron-core's local layers with torch's attention and sequence-parallel norms."""
+    norm = norm_for(architecture.normalization)
+    layer: ModuleSpec = get_gpt_layer_local_spec(
+        normalization=architecture.normalization, qk_layernorm=architecture.qk_layernorm
+    )
+    layer.submodules.input_layernorm = norm
+    layer.submodules.pre_mlp_layernorm = norm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = TorchAttention
+    if architecture.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)

@@ -1,0 +1,88 @@
+"""Random weights that do not depend on the layout.
+
+Megatron draws weights in the order in which a rank builds them, so that another pipeline split
+starts another model. Here every tensor has a generator of its own, seeded by the run's seed and the
+tensor's global name, and each rank takes its part of the whole: one process and 80 GPUs start from
+the same weights, whatever the tensor, pipeline and vocabulary split.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from taid_megatron.config.schema import Architecture
+from taid_megatron.models.build import GPTStage
+
+
+@torch.no_grad()
+def initialize(stage: GPTStage, architecture: Architecture, seed: int) -> None:
+    """Fill every parameter of a stage.
+
+    Matrices are normal with deviation init_method_std, divided by sqrt(2 * num_layers) where they
+    write into the residual stream (GPT-2, Megatron); biases 0; norms 1; rows of the padded
+    vocabulary beyond the real one 0.
+    """
+    for name, parameter in stage.named_parameters():
+        _fill(parameter, global_name(stage, name), architecture, seed)
+
+
+def global_name(stage: GPTStage, name: str) -> str:
+    """A parameter's name with its layer counted over all stages; tied heads share one name."""
+    if name == "output_layer.weight" and stage.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    if not name.startswith("decoder.layers."):
+        return name
+    _, _, local, rest = name.split(".", 3)
+    number = stage.decoder.layers[int(local)].layer_number - 1
+    return f"decoder.layers.{number}.{rest}"
+
+
+def _fill(parameter: Tensor, name: str, architecture: Architecture, seed: int) -> None:
+    if name.endswith("bias"):
+        parameter.zero_()
+        return
+    if "layernorm" in name:
+        parameter.fill_(1.0)
+        return
+    std = architecture.init_method_std
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std /= math.sqrt(2.0 * architecture.num_layers)
+    if "word_embeddings" in name or name.startswith("output_layer"):
+        _fill_vocabulary(parameter, architecture.vocab_size, std, _generator(seed, name))
+    elif name.endswith("linear_fc1.weight") and architecture.gated:
+        # a shard holds its rows of the gate above its rows of the up projection
+        gate, up = parameter.chunk(2, dim=0)
+        _fill_shard(gate, 0, std, _generator(seed, name + ".gate"))
+        _fill_shard(up, 0, std, _generator(seed, name + ".up"))
+    else:
+        dim = parameter.partition_dim if parameter.tensor_model_parallel else None
+        _fill_shard(parameter, dim, std, _generator(seed, name))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+
+
+def _fill_shard(part: Tensor, dim: int | None, std: float, generator: torch.Generator) -> None:
+    shape, rank = list(part.shape), 0
+    if dim is not None:
+        shape[dim] *= parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+    whole = torch.empty(shape, device="cpu").normal_(std=std, generator=generator)
+    if dim is not None:
+        whole = whole.narrow(dim, rank * part.shape[dim], part.shape[dim])
+    part.copy_(whole)
+
+
+def _fill_vocabulary(part: Tensor, size: int, std: float, generator: torch.Generator) -> None:
+    rows, width = part.shape
+    start = min(parallel_state.get_tensor_model_parallel_rank() * rows, size)
+    real = min(start + rows, size) - start
+    whole = torch.empty((size, width), device="cpu").normal_(std=std, generator=generator)
+    part.zero_()
+    part[:real].copy_(whole[start : start + real])

@@ -1,0 +1,179 @@
+"""The ranks of a run: process groups, device, seeds, and what this machine can do."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from taid_megatron.config.checks import EngineAbilities
+from taid_megatron.config.schema import Parallel
+from taid_megatron.runtime import cpu_engine, torch_adam
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+def abilities() -> EngineAbilities:
+    """What this machine offers, without importing what may break at import.
+
+    Transformer Engine on a machine without CUDA raises at import and takes megatron-core down with
+    it, so its presence is looked up, never tried.
+    """
+    has_cuda = torch.cuda.is_available()
+    return EngineAbilities(
+        has_cuda=has_cuda,
+        has_transformer_engine=has_cuda
+        and importlib.util.find_spec("transformer_engine") is not None,
+        has_apex=has_cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        gpu_count=torch.cuda.device_count() if has_cuda else 0,
+    )
+
+
+def world_size_from_environment() -> int:
+    """Ranks that torchrun started; 1 when run alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks. Groups are Megatron's; sizes count ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+    groups: ProcessGroupCollection
+    """tp, pp, cp, dp, dp_cp, mp, embd, pos_embd, ... as megatron-core's schedules take them."""
+    teacher_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None
+    """The pipeline's ranks twice more, for the teacher's messages (models/teacher_p2p.py)."""
+
+    @cached_property
+    def tensor_rank(self) -> int:
+        """Position within the tensor-parallel group."""
+        return self.groups.tp.rank()
+
+    @cached_property
+    def pipeline_rank(self) -> int:
+        """Position within the pipeline."""
+        return self.groups.pp.rank()
+
+    @cached_property
+    def data_rank(self) -> int:
+        """Position among the data-parallel replicas."""
+        return self.groups.dp.rank()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the logits and the loss come about here."""
+        return self.pipeline_rank == self.groups.pp.size() - 1
+
+    @cached_property
+    def loss_source(self) -> int:
+        """Global rank, in this rank's model replica, whose loss figures all of it adopts."""
+        pipelines = self.groups.pp.size()
+        tensors = self.groups.tp.size()
+        # Megatron orders a replica's ranks tensor first, pipeline last.
+        return dist.get_process_group_ranks(self.groups.mp)[(pipelines - 1) * tensors]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints."""
+        return self.rank == 0
+
+    @property
+    def writes_metrics(self) -> bool:
+        """Whether this rank writes the run's metrics (it has them as all ranks do)."""
+        return self.rank == 0
+
+
+def start(parallel: Parallel, seed: int, timeout_minutes: float = 10.0) -> World:
+    """Join the other ranks, build Megatron's groups, seed every generator.
+
+    Run alone (no torchrun environment), the process is a world of one rank. On CUDA each process
+    takes the GPU of its LOCAL_RANK and talks over NCCL; without CUDA the ranks talk over gloo.
+    """
+    on_cpu = cpu_engine.install()
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    torch_adam.install()
+    rank, size = int(os.environ.get("RANK", "0")), world_size_from_environment()
+    device = torch.device("cpu")
+    if not on_cpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        alone = {"store": dist.HashStore()} if "RANK" not in os.environ else {}
+        dist.init_process_group(
+            backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(minutes=timeout_minutes),
+            **alone,
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+    )
+    seed_everything(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=device,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        teacher_groups=_teacher_groups(parallel),
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, numpy's and torch's generators."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _teacher_groups(
+    parallel: Parallel,
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
+    """This rank's two groups for the teacher's messages; all ranks take part in making them."""
+    if parallel.pipeline == 1:
+        return None
+    from megatron.core import parallel_state
+
+    mine = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+    pipelines: list = [None] * dist.get_world_size()
+    dist.all_gather_object(pipelines, mine)
+    own: tuple | None = None
+    for ranks in sorted({tuple(ranks) for ranks in pipelines}):
+        groups = (dist.new_group(list(ranks)), dist.new_group(list(ranks)))
+        if dist.get_rank() in ranks:
+            own = groups
+    return own
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """Whether the flag is set on any rank; the same answer on all of them."""
+    flags = torch.tensor(float(flag), device=world.device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def stop() -> None:
+    """Leave the groups; the process can start another world."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,236 @@
+"""From a configuration to everything a run is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.utils.data import Dataset
+
+from data_tools.manifest import read_manifest
+from taid_megatron.checkpointing import store
+from taid_megatron.config.batches import data_parallel_size, train_samples, train_steps
+from taid_megatron.config.checks import EngineAbilities
+from taid_megatron.config.errors import ConfigError
+from taid_megatron.config.schema import Architecture, Blend, Config
+from taid_megatron.data.datasets import build_datasets
+from taid_megatron.data.loader import DistributedBatches
+from taid_megatron.models.build import DTYPES, GPTStage, build_stages, transformer_config
+from taid_megatron.models.initialize import initialize
+from taid_megatron.models.pair import Pair
+from taid_megatron.models.teacher_p2p import TeacherCarryingCommunicator
+from taid_megatron.models.vocabulary import Vocabulary, align
+from taid_megatron.runtime.distributed import World
+from taid_megatron.schedules import TAIDSchedule
+from taid_megatron.training.objectives import build_schedule
+from taid_megatron.training.optimizer import build_lr_schedule, build_optimizer, wire, wrap
+from taid_megatron.training.step import Pipeline
+
+
+@dataclass
+class Trainer:
+    """The parts of a run on this rank."""
+
+    config: Config
+    world: World
+    vocabulary: Vocabulary
+    pairs: list[Pair]
+    stages: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    lr_schedule: OptimizerParamScheduler
+    schedule: TAIDSchedule | None
+    pipeline: Pipeline
+    steps: int
+    step: int = 0
+    """Optimizer steps done."""
+    consumed_samples: int = 0
+    """Sequences those steps have used, over all ranks."""
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher runs beside the student."""
+        return self.pairs[0].teacher is not None
+
+
+def teacher_architecture(config: Config) -> Architecture | None:
+    """The teacher's shape: the configuration's, or what its checkpoint says."""
+    if config.teacher is None:
+        return None
+    if config.teacher.architecture is not None:
+        return config.teacher.architecture
+    assert config.teacher.checkpoint is not None
+    state = store.find(config.teacher.checkpoint).state()
+    return Architecture.model_validate(state["architecture"])
+
+
+def build_trainer(config: Config, world: World, abilities: EngineAbilities) -> Trainer:
+    """Models, optimizer and schedules, with the weights a fresh run starts from."""
+    teacher_shape = teacher_architecture(config)
+    vocabulary = align(
+        config.student.architecture.vocab_size,
+        teacher_shape.vocab_size if teacher_shape else None,
+        config.parallel.tensor,
+    )
+    students = _student(config, vocabulary, abilities)
+    teachers: list[GPTStage | None] = [None] * len(students)
+    if teacher_shape is not None:
+        teachers = [*_teacher(config, teacher_shape, vocabulary, abilities)]
+    pairs = [Pair(student, teacher) for student, teacher in zip(students, teachers, strict=True)]
+    stages = wrap(pairs, config.parallel)
+    wire(stages, config.parallel)
+    dtype = DTYPES[config.training.precision]
+    optimizer = build_optimizer(stages, config.optimizer, config.parallel, dtype)
+    steps = train_steps(config)
+    return Trainer(
+        config=config,
+        world=world,
+        vocabulary=vocabulary,
+        pairs=pairs,
+        stages=stages,
+        optimizer=optimizer,
+        lr_schedule=build_lr_schedule(optimizer, config.optimizer, steps),
+        schedule=build_schedule(config.loss, config.taid, steps),
+        pipeline=Pipeline(
+            world=world,
+            stages=stages,
+            communicator=_communicator(config, world, pairs),
+            seq_length=config.training.seq_length,
+            micro_batch_size=config.training.micro_batch_size,
+        ),
+        steps=steps,
+    )
+
+
+def _student(
+    config: Config, vocabulary: Vocabulary, abilities: EngineAbilities
+) -> list[GPTStage]:
+    architecture = config.student.architecture
+    megatron_config = transformer_config(
+        architecture,
+        config.parallel,
+        precision=config.training.precision,
+        abilities=abilities,
+        layers_per_stage=config.student.layers_per_stage,
+        recompute=config.training.recompute,
+        hidden_dropout=config.student.hidden_dropout,
+        attention_dropout=config.student.attention_dropout,
+    )
+    stages = build_stages(
+        architecture,
+        megatron_config,
+        vocabulary,
+        seq_length=config.training.seq_length,
+        reset_positions=config.data.reset_position_ids,
+    )
+    for stage in stages:
+        initialize(stage, architecture, config.run.seed)
+    return stages
+
+
+def _teacher(
+    config: Config,
+    architecture: Architecture,
+    vocabulary: Vocabulary,
+    abilities: EngineAbilities,
+) -> list[GPTStage]:
+    assert config.teacher is not None
+    megatron_config = transformer_config(
+        architecture,
+        config.parallel,
+        precision=config.teacher.precision or config.training.precision,
+        abilities=abilities,
+        layers_per_stage=config.teacher.layers_per_stage,
+    )
+    stages = build_stages(
+        architecture,
+        megatron_config,
+        vocabulary,
+        seq_length=config.training.seq_length,
+        reset_positions=config.data.reset_position_ids,
+    )
+    if config.teacher.checkpoint is not None:
+        store.load_weights(store.find(config.teacher.checkpoint), stages)
+    else:
+        for stage in stages:
+            initialize(stage, architecture, config.run.seed + 1)
+    return stages
+
+
+def _communicator(
+    config: Config, world: World, pairs: list[Pair]
+) -> TeacherCarryingCommunicator | None:
+    teacher = pairs[0].teacher
+    if teacher is None or world.teacher_groups is None:
+        return None
+    parallel, training = config.parallel, config.training
+    shards = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+    return TeacherCarryingCommunicator(
+        world.groups.pp,
+        pairs[0].config,
+        teacher_groups=world.teacher_groups,
+        teacher_shape=(
+            training.seq_length // shards,
+            training.micro_batch_size,
+            teacher.config.hidden_size,
+        ),
+        teacher_dtype=teacher.config.params_dtype,
+    )
+
+
+def build_batches(
+    trainer: Trainer,
+) -> tuple[DistributedBatches, Dataset | None]:
+    """The training batches, at the trainer's position, and the held-out dataset."""
+    config, world = trainer.config, trainer.world
+    data = config.data
+    train, validation = build_datasets(
+        train_blend=_blend(data.blend),
+        valid_blend=_blend(data.validation or ()),
+        seq_length=config.training.seq_length,
+        seed=config.run.seed,
+        num_train_samples=train_samples(config),
+        num_valid_samples=evaluation_samples(config, world.size),
+        eod_id=_eod_id(config),
+        cache_path=data.cache or config.run.folder / "cache",
+        eod_mask_loss=data.eod_mask_loss,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+    )
+    batches = DistributedBatches(
+        train,  # type: ignore[arg-type]
+        micro_batch_size=config.training.micro_batch_size,
+        dp_rank=world.data_rank,
+        dp_size=world.groups.dp.size(),
+        consumed_samples=trainer.consumed_samples,
+        prefetch=data.prefetch,
+    )
+    return batches, validation
+
+
+def evaluation_samples(config: Config, world_size: int) -> int:
+    """evaluation.samples, rounded up to whole micro-batches on every replica (and VPP groups)."""
+    unit = config.training.micro_batch_size * data_parallel_size(config, world_size)
+    if config.parallel.virtual_pipeline:
+        unit *= config.parallel.pipeline
+    return -(-config.evaluation.samples // unit) * unit
+
+
+def _blend(parts: Blend) -> list[tuple[str, float]]:
+    return [(str(part.prefix), part.weight) for part in parts]
+
+
+def _eod_id(config: Config) -> int:
+    """The end-of-document id that the data was prepared with."""
+    if config.data.eod_id is not None:
+        return config.data.eod_id
+    prefix: Path = config.data.blend[0].prefix
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        raise ConfigError(
+            f"data.eod_id is not set and {prefix} has no manifest to read it from: set data.eod_id, "
+            "or prepare the data with `taid-data prepare`"
+        )
+    return manifest.tokenizer.eod_id

@@ -1,0 +1,116 @@
+"""What we write is what megatron-core's builder writes, byte for byte, or nothing at all."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+import data_tools.indexed_writer as indexed_writer
+import data_tools.manifest as manifest
+from data_tools.indexed_writer import IndexedWriter, token_dtype
+from data_tools.manifest import DataError, check_indexed, hash_file
+
+# Documents as lists of sequence lengths: several sequences, an empty sequence, an empty document.
+DOCUMENTS = [[5], [3, 4, 2], [0], [], [1, 0, 6], [300]]
+
+
+def random_documents(vocab_size: int) -> list[tuple[np.ndarray, list[int]]]:
+    rng = np.random.default_rng(7)
+    return [
+        (rng.integers(0, vocab_size, size=sum(lengths)).astype(np.int64), lengths)
+        for lengths in DOCUMENTS
+    ]
+
+
+def write_both(folder: Path, vocab_size: int) -> tuple[Path, Path]:
+    """The same documents by our writer and by megatron-core's builder."""
+    ours, theirs = folder / "our.v1", folder / "their.v1"
+    builder = IndexedDatasetBuilder(f"{theirs}.bin", dtype=token_dtype(vocab_size).type)
+    with IndexedWriter(ours, vocab_size) as writer:
+        for tokens, lengths in random_documents(vocab_size):
+            writer.add_document(tokens, name="made up", lengths=lengths)
+            builder.add_document(torch.from_numpy(tokens), lengths)
+        writer.finish()
+    builder.finalize(f"{theirs}.idx")
+    return ours, theirs
+
+
+@pytest.mark.parametrize("vocab_size", [40, 65_499, 65_500, 200_000])
+@pytest.mark.parametrize("chunk_rows", [2, 1 << 20])
+def test_bytes_equal_megatrons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocab_size: int, chunk_rows: int
+) -> None:
+    monkeypatch.setattr(indexed_writer, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(manifest, "CHUNK_ROWS", chunk_rows)
+    ours, theirs = write_both(tmp_path, vocab_size)
+    for suffix in (".bin", ".idx"):
+        assert Path(f"{ours}{suffix}").read_bytes() == Path(f"{theirs}{suffix}").read_bytes()
+    files = check_indexed(ours, deep=True)
+    assert files.num_documents == len(DOCUMENTS)
+    for number, (tokens, _) in enumerate(random_documents(vocab_size)):
+        assert files.document(number).tolist() == tokens.tolist()
+
+
+def test_megatron_reads_it(tmp_path: Path) -> None:
+    ours, _ = write_both(tmp_path, 65_500)
+    dataset = IndexedDataset(str(ours))
+    assert dataset.index.dtype == np.int32
+    sequences = np.concatenate([dataset[number] for number in range(len(dataset))])
+    expected = np.concatenate([tokens for tokens, _ in random_documents(65_500)])
+    assert sequences.tolist() == expected.tolist()
+    assert np.diff(dataset.document_indices).tolist() == [len(lengths) for lengths in DOCUMENTS]
+
+
+def test_records_describe_the_files(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "a", 40) as writer:
+        writer.add_document(np.arange(40), name="made up")
+        records = writer.finish()
+    assert [record.name for record in records] == ["a.bin", "a.idx"]
+    for record in records:
+        path = tmp_path / record.name
+        assert (record.bytes, record.xxh3) == (path.stat().st_size, hash_file(path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "fault"),
+    [
+        ([1, 40], None, "token id 40 lies outside the vocabulary of 40"),
+        ([-1, 4], None, "token id -1 lies outside"),
+        ([1.5], None, "not integers"),
+        ([1, 2], [1], "sequences of [1] for 2 tokens"),
+        ([1, 2], [3, -1], "sequences of [3, -1]"),
+    ],
+)
+def test_bad_documents_are_named(
+    tmp_path: Path, tokens: list[float], lengths: list[int] | None, fault: str
+) -> None:
+    with IndexedWriter(tmp_path / "a", 40) as writer, pytest.raises(DataError) as caught:
+        writer.add_document(np.array(tokens), name="corpus.jsonl, row 3", lengths=lengths)
+    assert str(caught.value).startswith("corpus.jsonl, row 3: ")
+    assert fault in str(caught.value)
+
+
+def test_nothing_is_left_of_an_unfinished_run(tmp_path: Path) -> None:
+    """Neither temporary files, nor a change of what an earlier run made: as after an exception."""
+    ours, _ = write_both(tmp_path, 40)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with IndexedWriter(ours, 40) as writer:
+        writer.add_document(np.arange(3), name="made up")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_failing_disk_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    ours, _ = write_both(tmp_path, 40)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(indexed_writer.os, "fsync", full)
+    with IndexedWriter(ours, 40) as writer:
+        writer.add_document(np.arange(3), name="made up")
+        with pytest.raises(OSError, match="No space left"):
+            writer.finish()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
