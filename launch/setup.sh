@@ -77,9 +77,10 @@ make_venv() {
 
 # The reason of a failed pip without addresses, which say nothing about the mend.
 pip_error() {
-    grep '^ERROR:' "$log" | head -n 1 | cut -c 1-300 |
-        sed -E "s#https?://[^ )]*#(address)#g; s/host='[^']*'/host/g; s/^ERROR: //"
-    printf '(all of it: %s)' "$log"
+    local reason
+    reason="$(grep 'ERROR: ' "$log" | head -n 1 | cut -c 1-300 |
+        sed -E "s/^.*ERROR: //; s#https?://[^ )]*#(address)#g; s/host='[^']*'/host/g")" || true
+    printf '%s (all of it: %s)' "${reason:-it gave no reason}" "$log"
 }
 
 pip() {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -70,6 +70,28 @@ LOSSES: dict[str, Loss] = {
 }
 
 
+@overload
+def distillation_loss(
+    name: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    *,
+    return_stats: Literal[False] = False,
+    **arguments: Any,
+) -> Tensor: ...
+
+
+@overload
+def distillation_loss(
+    name: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    *,
+    return_stats: Literal[True] | tuple[str, ...],
+    **arguments: Any,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
 def distillation_loss(
     name: str,
     student_logits: Tensor,
@@ -117,18 +139,9 @@ def distillation_loss(
             tensors are looked at only on the CPU: elsewhere a label that no rank has gives an
             infinite cross-entropy, and a t outside [0, 1] goes unnoticed.
     """
-    if name not in LOSSES:
-        raise ValueError(f"unknown loss {name!r}; there are: {', '.join(LOSSES)}")
-    if kernel not in KERNELS:
-        raise ValueError(f"unknown kernel {kernel!r}; there are: {', '.join(KERNELS)}")
-    if not 0.0 <= ce_weight <= 1.0:
-        raise ValueError(f"ce_weight={ce_weight} is not in [0, 1]")
-    loss = LOSSES[name]
+    loss = _find(name, kernel)
     options = _checked_options(name, loss, options)
     _check_logits(name, student_logits, teacher_logits, needs_teacher=loss.needs_teacher)
-    _check_layout(student_logits, group, padding, inplace)
-    _check_whole("vocab_offset", vocab_offset, at_least=0)
-    _check_whole("chunk_tokens", chunk_tokens, at_least=1)
     stats = _wanted_stats(return_stats, teacher_logits is not None, labels is not None)
     needs_labels = loss.needs_labels or ce_weight > 0
     _check_labels(name, labels, student_logits, needed=needs_labels)
@@ -136,15 +149,24 @@ def distillation_loss(
         # Labels that nothing asks for would only make the collective larger.
         labels=labels if needs_labels or "cross_entropy" in stats else None,
         group=group,
-        ce_weight=float(ce_weight),
+        ce_weight=ce_weight,
         inplace=inplace,
         stats=stats,
         padding=padding,
         vocab_offset=vocab_offset,
         chunk_tokens=chunk_tokens,
     )
+    _check_request(request, student_logits)
     value, values = loss.vocab_parallel(student_logits, teacher_logits, request, **options)
     return value if return_stats is False else (value, values)
+
+
+def _find(name: str, kernel: str) -> Loss:
+    if name not in LOSSES:
+        raise ValueError(f"unknown loss {name!r}; there are: {', '.join(LOSSES)}")
+    if kernel not in KERNELS:
+        raise ValueError(f"unknown kernel {kernel!r}; there are: {', '.join(KERNELS)}")
+    return LOSSES[name]
 
 
 def _checked_options(name: str, loss: Loss, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,17 +220,19 @@ def _check_labels(name: str, labels: Tensor | None, logits: Tensor, *, needed: b
         raise ValueError(f"labels are on {labels.device}, the logits on {logits.device}")
 
 
-def _check_layout(
-    logits: Tensor, group: dist.ProcessGroup | None, padding: int, inplace: bool
-) -> None:
-    width = logits.shape[-1]
+def _check_request(request: Request, logits: Tensor) -> None:
+    width, padding, group = logits.shape[-1], request.padding, request.group
+    if not 0.0 <= request.ce_weight <= 1.0:
+        raise ValueError(f"ce_weight={request.ce_weight} is not in [0, 1]")
+    _check_whole("vocab_offset", request.vocab_offset, at_least=0)
+    _check_whole("chunk_tokens", request.chunk_tokens, at_least=1)
     _check_whole("padding", padding, at_least=0)
     if padding > width:
         raise ValueError(f"padding={padding} exceeds the {width} local columns")
     if padding == width and (group is None or group.size() == 1):
         raise ValueError(f"padding={padding} leaves none of the {width} columns to the vocabulary")
     shares = any(n > 1 and step == 0 for n, step in zip(logits.shape, logits.stride(), strict=True))
-    if inplace and shares:
+    if request.inplace and shares:
         raise ValueError(
             f"inplace=True needs logits with storage of their own; strides {logits.stride()} of "
             f"{tuple(logits.shape)} are an expanded view"

@@ -27,6 +27,7 @@ the logits of both models once, and nothing of the logits' size is allocated bes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,12 +42,14 @@ Interpolation = float | Tensor | None
 
 STATS = ("objective", "cross_entropy_to_target", "kl", "cross_entropy")
 
+_LOG2_E = 1.0 / math.log(2.0)
+
 # Stands for -inf (a masked column), so that z - s and 0 * s stay finite. A sum of 10^8 of them
 # still fits in fp32.
 _FLOOR = -1e30
 
-# Bytes of one of the three buffers. CPU: the fastest of 0.5 to 8 MiB with 1 and with 2 MiB of L2.
-# Elsewhere chunks must be large enough to hide the launches of some twenty kernels.
+# Bytes of one of the three buffers. CPU: the fastest of 0.125 to 8 MiB with 1 MiB of L2 per core.
+# Elsewhere a chunk must be large enough to hide the launches of some twenty kernels.
 _CHUNK_BYTES = {"cpu": 2 << 20}
 _CHUNK_BYTES_ELSEWHERE = 64 << 20
 
@@ -251,8 +254,18 @@ def _chunk_statistics(
 def _exponentials(x: Tensor, top: Tensor, total: Tensor, *, out: Tensor) -> None:
     """top = max x, out = e^(x - top), total = sum out, over the last axis; `out` may be `x`."""
     torch.amax(x, -1, out=top)
-    torch.sub(x, top.unsqueeze(-1), out=out).exp_()
+    _exp_of_difference(x, top.unsqueeze(-1), out=out)
     torch.sum(out, -1, out=total)
+
+
+def _exp_of_difference(x: Tensor, top: Tensor, *, out: Tensor) -> Tensor:
+    """out = e^(x - top); `out` may be `x`.
+
+    As a power of two: torch's exp takes three times exp2's time on CPUs (0.85 and 0.28 ns an
+    element), and exp was half of the loss. Scaling after the subtraction keeps the error at the
+    subtraction's own.
+    """
+    return torch.sub(x, top, out=out).mul_(_LOG2_E).exp2_()
 
 
 def _gather(packed: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -397,12 +410,13 @@ def _chunk_gradient(
     max_s, scale_s = rows[:, 0:1], rows[:, 1:2]
     _load(student, s)
     if t is None:
-        torch.mul(s.sub_(max_s).exp_(), scale_s, out=out)
+        torch.mul(_exp_of_difference(s, max_s, out=s), scale_s, out=out)
         return
     _load(teacher, z)
-    torch.sub(_target(s, z, t, work), rows[:, 3:4], out=work).exp_().mul_(rows[:, 4:5])
+    p = _exp_of_difference(_target(s, z, t, work), rows[:, 3:4], out=work).mul_(rows[:, 4:5])
+    q = _exp_of_difference(s, max_s, out=s).mul_(scale_s)
     # Not one addcmul: its fused rounding would leave a residue where q and p are equal.
-    torch.sub(s.sub_(max_s).exp_().mul_(scale_s), work, out=out)
+    torch.sub(q, p, out=out)
 
 
 # ---- shared --------------------------------------------------------------------------------------

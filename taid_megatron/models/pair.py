@@ -59,12 +59,6 @@ class Pair(MegatronModule):
         """The student's tied weight."""
         return self.student.shared_embedding_or_output_weight()
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict:
-        """The student's, under the student's own names."""
-        return self.student.sharded_state_dict(prefix, sharded_offsets, metadata)
-
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Take the previous stage's output; its rider goes to the teacher."""
         (hidden,) = input_tensor if isinstance(input_tensor, list) else (input_tensor,)

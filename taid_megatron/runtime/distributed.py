@@ -54,6 +54,8 @@ class World:
     """tp, pp, cp, dp, dp_cp, mp, embd, pos_embd, ... as megatron-core's schedules take them."""
     teacher_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None
     """The pipeline's ranks twice more, for the teacher's messages (models/teacher_p2p.py)."""
+    joined_here: bool
+    """Whether `start` joined the ranks, so that `stop` leaves them."""
 
     @cached_property
     def tensor_rank(self) -> int:
@@ -110,7 +112,8 @@ def start(parallel: Parallel, seed: int, timeout_minutes: float = 10.0) -> World
     if not on_cpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    joined_here = not dist.is_initialized()
+    if joined_here:
         alone = {"store": dist.HashStore()} if "RANK" not in os.environ else {}
         dist.init_process_group(
             backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
@@ -134,6 +137,7 @@ def start(parallel: Parallel, seed: int, timeout_minutes: float = 10.0) -> World
         device=device,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         teacher_groups=_teacher_groups(parallel),
+        joined_here=joined_here,
     )
 
 
@@ -170,10 +174,10 @@ def any_rank(flag: bool, world: World) -> bool:
     return bool(flags.item())
 
 
-def stop() -> None:
-    """Leave the groups; the process can start another world."""
+def stop(world: World) -> None:
+    """Leave Megatron's groups, and the ranks where `start` joined them."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if world.joined_here:
         dist.destroy_process_group()

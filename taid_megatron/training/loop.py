@@ -68,7 +68,7 @@ def run(config: Config) -> int:
             _train(trainer, batches, validation, metrics)
         return 0
     finally:
-        distributed.stop()
+        distributed.stop(world)
 
 
 def _train(
@@ -169,7 +169,7 @@ def _save(trainer: Trainer) -> None:
         path = store.save(
             config.run.folder / "checkpoints",
             trainer.step,
-            stages=trainer.pairs,
+            stages=trainer.students,
             optimizer=trainer.optimizer,
             random_state=get_random_state(),
             state={
@@ -201,7 +201,7 @@ def _resume(trainer: Trainer) -> None:
     same_layout = state["layout"] == _layout(trainer)
     restored = store.load(
         checkpoint,
-        stages=trainer.pairs,
+        stages=trainer.students,
         optimizer=trainer.optimizer,
         random_state=get_random_state() if same_layout else None,
     )

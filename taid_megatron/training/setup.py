@@ -50,6 +50,11 @@ class Trainer:
     """Sequences those steps have used, over all ranks."""
 
     @property
+    def students(self) -> list[GPTStage]:
+        """The student's stages on this rank: what a checkpoint holds."""
+        return [pair.student for pair in self.pairs]
+
+    @property
     def has_teacher(self) -> bool:
         """Whether a teacher runs beside the student."""
         return self.pairs[0].teacher is not None

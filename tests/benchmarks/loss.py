@@ -1,6 +1,6 @@
 """Time and peak memory of the loss, forward and backward, beside plain autograd.
 
-    python tests/benchmarks/loss.py [--tokens 2048] [--vocabulary 32000] [--dtype float32] [--json F]
+    python tests/benchmarks/loss.py [--tokens 2048] [--vocabulary 32000] [--dtype bfloat16] ...
 
 Times are medians of interleaved runs in one process, so that a busy machine slows all alike. Memory
 is the peak resident size of a fresh process per version, over what it held with the inputs, in

@@ -107,6 +107,7 @@ def test_a_failing_disk_publishes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     ours, _ = write_both(tmp_path, 40)
+    manifest.manifest_path(ours).write_text("of the earlier run")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(indexed_writer.os, "fsync", full)
     with IndexedWriter(ours, 40) as writer:

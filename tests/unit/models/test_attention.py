@@ -249,12 +249,13 @@ def test_bias_follows_its_ids(built):
         assert_equals_dense(attention, inputs, document_ids)
     assert len(built) == 4
     document_ids = buffer[0]
-    document_ids[:, 7:] += 9
+    assert_equals_dense(attention, inputs, document_ids)
+    document_ids[:, 7:] += 9  # while the old bias is held
     assert_equals_dense(attention, inputs, document_ids)
     assert_equals_dense(build(window_size=(2, 0)), inputs, document_ids, window=3)
     wide = random_inputs(dtype=torch.float64)
     assert_equals_dense(attention, wide, document_ids, tolerance=1e-12)
-    assert len(built) == 7
+    assert len(built) == 8
     assert len(attention_module._document_biases) == 2
 
 
@@ -266,9 +267,9 @@ def test_two_micro_batches_in_flight_are_both_held(built):
         attention(*inputs, first)
         attention(*inputs, second)
     assert len(built) == 2
-    attention(*inputs, second)
-    attention(*inputs, third)  # pushes out the one used longest ago
-    attention(*inputs, second)
+    attention(*inputs, first)
+    attention(*inputs, third)  # pushes out the second, used longest ago
+    attention(*inputs, first)
     assert len(built) == 3
     assert len(attention_module._document_biases) == 2
 

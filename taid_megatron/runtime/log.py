@@ -1,0 +1,71 @@
+"""What a run tells its user: one voice for all ranks.
+
+`say` is for the user: plain lines on stdout, from rank 0 alone. `get_logger` is for what went wrong
+or might: lines on stderr, rank 0's warnings and every rank's errors. Nothing here prints the
+environment, where clusters keep their secrets.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+_NAME = "taid_megatron"
+_MEGATRON = "megatron"
+
+
+def rank() -> int:
+    """This process's rank: torch.distributed's once it runs, else the launcher's RANK, else 0."""
+    torch = sys.modules.get("torch")  # where torch is not imported, its groups do not run
+    if torch is not None and torch.distributed.is_available():
+        if torch.distributed.is_initialized():
+            return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(text: str) -> None:
+    """A line to the user on stdout, at once; silent on other ranks than 0."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def get_logger() -> logging.Logger:
+    """The program's logger, ready to use. Its lines carry the level, and the rank where not 0."""
+    logger = logging.getLogger(_NAME)
+    if not any(isinstance(handler, _RankHandler) for handler in logger.handlers):
+        logger.addHandler(_RankHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    return logger
+
+
+def quiet_megatron() -> None:
+    """Keep megatron-core's standing remarks from the user; call it before its first import.
+
+    Without Transformer Engine and Apex it warns in half a dozen modules that it will do without,
+    and every TransformerConfig warns of a default of its own.
+    On other ranks than 0 its warnings and its loggers' lines below errors are dropped as well.
+    Calling it again changes nothing.
+    """
+    warnings.filterwarnings("ignore", r".*Apex (is|are) not installed", UserWarning)
+    warnings.filterwarnings("ignore", r"full scope is deprecated", UserWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.")
+    if rank() != 0:
+        warnings.filterwarnings("ignore", module=r"megatron\.")
+        logging.getLogger(_MEGATRON).setLevel(logging.ERROR)
+
+
+class _RankHandler(logging.Handler):
+    """To stderr as it is now: a progress bar or a test may have replaced it since the start."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        here = rank()
+        if here != 0 and record.levelno < logging.ERROR:
+            return
+        try:
+            where = f"rank {here}: " if here != 0 else ""
+            print(f"{where}{record.levelname.lower()}: {self.format(record)}", file=sys.stderr)
+        except Exception:
+            self.handleError(record)
