@@ -6,6 +6,7 @@ interrupted by Ctrl-C.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -165,8 +166,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments, prog_name="taid-data", standalone_mode=False)
+        sys.stdout.flush()
     except (DataError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
         _fail(2, str(error))
+    except BrokenPipeError:  # `taid-data inspect ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except OSError as error:
         _fail(1, f"{error}; nothing was published")
     except typer.Abort:  # what an interrupt becomes in older versions of typer

@@ -70,10 +70,17 @@ def load_tokenizer(
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a sentencepiece .model or a tokenizer.json")
     if path.suffix == ".model":
-        return SentencePieceTokenizer(path, eod_token, threads or len(os.sched_getaffinity(0)))
+        return SentencePieceTokenizer(path, eod_token, threads or _usable_cpus())
     if path.suffix == ".json":
         return JsonTokenizer(path, eod_token)
     raise DataError(f"{path}: unknown kind of tokenizer; give a .model or a tokenizer.json")
+
+
+def _usable_cpus() -> int:
+    """CPUs that this process may use, not those of the machine; macOS knows only the latter."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -38,6 +38,9 @@ from taid_megatron.training.setup import (
 )
 
 
+_OR_ELSE = "set it back, name another run.folder, or set checkpoint.resume=false"
+
+
 class NonFiniteLossError(RuntimeError):
     """The loss of a step is not a number: the step was not applied."""
 
@@ -178,6 +181,7 @@ def _save(trainer: Trainer) -> None:
                 "taid": trainer.schedule.state_dict() if trainer.schedule else None,
                 "architecture": config.student.architecture.model_dump(mode="json"),
                 "layout": _layout(trainer),
+                "distributed_optimizer": config.parallel.distributed_optimizer,
                 "versions": {"taid_megatron": taid_megatron.__version__, "torch": torch.__version__},
             },
         )
@@ -226,14 +230,18 @@ def _refuse_other_model(config: Config, state: dict[str, Any], checkpoint: store
     if different:
         name, (saved, value) = next(iter(different.items()))
         raise ConfigError(
-            f"student.architecture.{name} is {value}, {checkpoint.path} has {saved}: set it back, "
-            "name another run.folder, or set checkpoint.resume=false"
+            f"student.architecture.{name} is {value}, {checkpoint.path} has {saved}: {_OR_ELSE}"
         )
     if (state["taid"] is None) != (config.loss.name != "taid"):
         raise ConfigError(
             f"loss.name is {config.loss.name}, {checkpoint.path} "
-            f"{'has no' if state['taid'] is None else 'has a'} TAID schedule: set it back, name "
-            "another run.folder, or set checkpoint.resume=false"
+            f"{'has no' if state['taid'] is None else 'has a'} TAID schedule: {_OR_ELSE}"
+        )
+    if state["distributed_optimizer"] != config.parallel.distributed_optimizer:
+        raise ConfigError(
+            f"parallel.distributed_optimizer is {config.parallel.distributed_optimizer}, "
+            f"{checkpoint.path} was saved with {state['distributed_optimizer']}, and the state of "
+            f"one does not load into the other: {_OR_ELSE}"
         )
 
 

@@ -30,7 +30,8 @@ class Numbers:
         self.loaded.append(idx)
         whole = torch.full((S,), idx, dtype=torch.int64)
         sample = {"tokens": whole, "labels": whole + 1, "position_ids": torch.arange(S)}
-        sample |= {"loss_mask": torch.ones(S), "dataset_id": whole[0]}
+        # Of another type than the loader promises, and a key that it does not know.
+        sample |= {"loss_mask": torch.ones(S, dtype=torch.int64), "dataset_id": whole[0]}
         return sample | ({"document_ids": whole.to(torch.int32)} if self.documents else {})
 
 
@@ -136,19 +137,24 @@ def prefetching() -> int:
     return sum(thread.name == "prefetch" for thread in threading.enumerate())
 
 
+def wait_until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
 def test_the_thread_stays_within_its_depth_and_ends() -> None:
     dataset = Numbers(10_000)
     with batches(dataset, prefetch=3) as stream:
         stream.step(2)
+        most = 2 * (1 + 3 + 1)  # one consumed, three ready, one waiting for a place
+        assert wait_until(lambda: len(dataset.loaded) == most)
         time.sleep(0.1)
-        # One consumed, three ready, one waiting for a place.
-        assert len(dataset.loaded) == 2 * (1 + 3 + 1)
+        assert len(dataset.loaded) == most
         assert prefetching() == 1
     assert prefetching() == 0
     dropped = batches(dataset, prefetch=3)
     dropped.step(2)
     del dropped
-    deadline = time.monotonic() + 5
-    while prefetching() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert prefetching() == 0
+    assert wait_until(lambda: prefetching() == 0)

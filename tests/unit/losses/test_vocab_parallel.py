@@ -326,7 +326,7 @@ def test_t_on_an_accelerator_is_used_as_it_was_at_the_call():
     student, teacher = make_logits(3, 20)
     expected = value_and_grad("taid", student, teacher, torch.ones(3), t=0.375)
     student.requires_grad_()
-    t = torch.tensor(0.375, dtype=torch.float64)
+    t = torch.tensor(0.375)
     loss, _ = vocab_parallel.taid(student, teacher, vocab_parallel.Request(), t=t)
     t.fill_(0.9)
     loss.sum().backward()

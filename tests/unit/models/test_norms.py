@@ -7,7 +7,7 @@ from megatron.core.transformer import TransformerConfig
 
 from taid_megatron.models.norms import LayerNorm, RMSNorm, norm_for
 
-HIDDEN, EPS = 48, 1e-3
+HIDDEN, EPS = 48, 0.1  # an epsilon that shows in bf16 too
 
 
 def config_of(normalization, **options):
