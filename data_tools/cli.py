@@ -6,7 +6,6 @@ interrupted by Ctrl-C.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ import rich.console
 import rich.progress
 import typer
 
+from data_tools.corpus import write_stdlib_corpus
 from data_tools.manifest import DataError, check_indexed, read_manifest
 from data_tools.prepare import Progress, prepare
 from data_tools.sources import Corpus, sample_texts
@@ -79,6 +79,15 @@ def tokenizer_command(
     texts = sample_texts(Corpus(inputs, text_column), int(sample_mb * 1e6))
     train_sentencepiece(texts, out, vocab_size)
     print(f"{out}: {vocab_size:,} tokens, learned from {len(texts):,} documents")
+
+
+@app.command("corpus")
+def corpus_command(
+    out: Annotated[Path, typer.Argument(help="Folder for train.jsonl and held_out.jsonl.")],
+) -> None:
+    """Write a small real corpus without a download: the standard library's own sources."""
+    for path, documents in write_stdlib_corpus(out).values():
+        print(f"{path}: {documents:,} documents, {path.stat().st_size / 1e6:.1f} MB")
 
 
 @app.command("inspect")
@@ -166,12 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments, prog_name="taid-data", standalone_mode=False)
-        sys.stdout.flush()
     except (DataError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
         _fail(2, str(error))
-    except BrokenPipeError:  # `taid-data inspect ... | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except OSError as error:
         _fail(1, f"{error}; nothing was published")
     except typer.Abort:  # what an interrupt becomes in older versions of typer

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .schema import Config, RampUp, Training
+from .schema import Config, Training
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -23,9 +23,9 @@ def global_batch_size_at(config: Config, consumed_samples: int) -> int:
     training = config.training
     if training.rampup is None:
         return training.global_batch_size
-    increments = num_increments(training)
-    done = min(increments, consumed_samples * increments // training.rampup.samples)
-    return training.rampup.start + done * training.rampup.increment
+    sizes = batch_sizes(training)
+    increments = len(sizes) - 1
+    return sizes[min(increments, consumed_samples * increments // training.rampup.samples)]
 
 
 def num_microbatches(config: Config, world_size: int, consumed_samples: int = 0) -> int:
@@ -44,13 +44,6 @@ def train_samples(config: Config) -> int:
     return sum(size * steps for size, steps in batch_plan(config))
 
 
-def num_increments(training: Training) -> int:
-    """Times that the global batch size grows; 0 without a ramp-up."""
-    if training.rampup is None:
-        return 0
-    return (training.global_batch_size - training.rampup.start) // training.rampup.increment
-
-
 def batch_sizes(training: Training) -> range:
     """Every global batch size of the run, in order."""
     if training.rampup is None:
@@ -63,10 +56,12 @@ def batch_plan(config: Config) -> Iterator[tuple[int, int]]:
     """(global batch size, optimizer steps of this size) in order, over the whole run."""
     training = config.training
     consumed = steps = 0
-    for size in batch_sizes(training):
+    sizes = batch_sizes(training)
+    for stage, size in enumerate(sizes, start=1):
         left = _steps_left(training, size, consumed, steps)
-        if training.rampup and size < training.global_batch_size:
-            left = min(left, _ceil_div(_grows_at(training.rampup, size, training) - consumed, size))
+        if training.rampup is not None and stage < len(sizes):
+            grows_at = _ceil_div(stage * training.rampup.samples, len(sizes) - 1)
+            left = min(left, _ceil_div(grows_at - consumed, size))
         # A large step may jump over a whole stage of the ramp: then no step has its size.
         if left > 0:
             yield size, left
@@ -80,12 +75,6 @@ def _steps_left(training: Training, size: int, consumed: int, steps: int) -> int
         return training.steps - steps
     assert training.tokens is not None, "the schema asks for steps or tokens"
     return _ceil_div(_ceil_div(training.tokens, training.seq_length) - consumed, size)
-
-
-def _grows_at(rampup: RampUp, size: int, training: Training) -> int:
-    """Consumed sequences from which on the global batch size is above `size`."""
-    stage = (size - rampup.start) // rampup.increment + 1
-    return _ceil_div(stage * rampup.samples, num_increments(training))
 
 
 def _ceil_div(numerator: int, denominator: int) -> int:

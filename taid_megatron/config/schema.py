@@ -46,7 +46,8 @@ class Architecture(Section):
     kv_channels: Positive | None = None
     """Channels per head; none: hidden_size / num_attention_heads."""
     ffn_hidden_size: Positive | None = None
-    """Width inside the feed-forward block; none: 4 * hidden_size, 8/3 of it where gated."""
+    """Width inside the feed-forward block; none: 4 * hidden_size, or, where gated, 8/3 of
+    hidden_size rounded up to a multiple of 64."""
     activation: Literal["swiglu", "geglu", "gelu", "silu"] = "swiglu"
     """Feed-forward activation; the first two are gated."""
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
@@ -90,7 +91,8 @@ class Architecture(Section):
         """Width inside the feed-forward block, the default resolved."""
         if self.ffn_hidden_size:
             return self.ffn_hidden_size
-        return int(self.hidden_size * 8 / 3) if self.gated else 4 * self.hidden_size
+        # -(-a // b) rounds up: hidden_size * 8 / 3 in multiples of 64
+        return -(-self.hidden_size * 8 // (3 * 64)) * 64 if self.gated else 4 * self.hidden_size
 
 
 class Student(Section):
@@ -235,6 +237,8 @@ class Training(Section):
     """Optimizer steps of the whole run; either this or tokens."""
     tokens: Positive | None = None
     """Tokens of the whole run, rounded up to whole optimizer steps."""
+    stop_at: Positive | None = None
+    """Stop after this step, with a checkpoint; the schedules stay those of the whole run."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Stop after this much time in this process, with a checkpoint; resuming goes on."""
     precision: Literal["fp32", "bf16"] = "bf16"

@@ -43,9 +43,7 @@ class GPTStage(GPTModel):
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, *args: object, **kwargs: object
     ) -> tuple:
-        decoder_input, angles, *rest = super()._preprocess(
-            input_ids, position_ids, *args, **kwargs
-        )
+        decoder_input, angles, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         if self.reset_positions and angles is not None:
             # [s, 1, 1, d] along the sequence -> [s, b, 1, d] at each token's own position
             angles = angles[position_ids.t(), 0, 0].unsqueeze(2)

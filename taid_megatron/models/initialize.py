@@ -60,7 +60,9 @@ def _fill(parameter: Tensor, name: str, architecture: Architecture, seed: int) -
         _fill_shard(gate, 0, std, _generator(seed, name + ".gate"))
         _fill_shard(up, 0, std, _generator(seed, name + ".up"))
     else:
-        dim = parameter.partition_dim if parameter.tensor_model_parallel else None
+        # Megatron's marks on its parameters; norms and replicated weights have none or False
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        dim: int | None = parameter.partition_dim if sharded else None  # type: ignore[attr-defined]
         _fill_shard(parameter, dim, std, _generator(seed, name))
 
 

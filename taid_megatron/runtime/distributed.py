@@ -33,7 +33,8 @@ def abilities() -> EngineAbilities:
         has_cuda=has_cuda,
         has_transformer_engine=has_cuda
         and importlib.util.find_spec("transformer_engine") is not None,
-        has_apex=has_cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        has_apex=has_cuda
+        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         gpu_count=torch.cuda.device_count() if has_cuda else 0,
     )
 
@@ -114,13 +115,12 @@ def start(parallel: Parallel, seed: int, timeout_minutes: float = 10.0) -> World
         torch.cuda.set_device(device)
     joined_here = not dist.is_initialized()
     if joined_here:
-        alone = {"store": dist.HashStore()} if "RANK" not in os.environ else {}
         dist.init_process_group(
             backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
             rank=rank,
             world_size=size,
             timeout=timedelta(minutes=timeout_minutes),
-            **alone,
+            store=None if "RANK" in os.environ else dist.HashStore(),
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,

@@ -15,10 +15,10 @@ _TRACKER = "megatron."
 def get_random_state() -> dict[str, Tensor]:
     """Python's, numpy's, torch's, CUDA's and Megatron's generators, one integer tensor each."""
     _, python, _ = random.getstate()
-    _, keys, position, _, _ = numpy.random.get_state(legacy=True)
+    twister = numpy.random.get_state(legacy=False)["state"]
     state = {
         "python": torch.tensor(python, dtype=torch.int64),
-        "numpy": torch.tensor([*keys.tolist(), position], dtype=torch.int64),
+        "numpy": torch.tensor([*twister["key"].tolist(), twister["pos"]], dtype=torch.int64),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -32,7 +32,8 @@ def set_random_state(state: dict[str, Tensor]) -> None:
     """Put every generator back to what get_random_state returned."""
     random.setstate((3, tuple(state["python"].tolist()), None))
     *keys, position = state["numpy"].tolist()
-    numpy.random.set_state(("MT19937", numpy.array(keys, dtype=numpy.uint32), position))
+    twister = {"key": numpy.array(keys, dtype=numpy.uint32), "pos": position}
+    numpy.random.set_state({"bit_generator": "MT19937", "state": twister})
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -25,7 +25,7 @@ class TAIDSchedule:
 
     `t_linear` runs from t_start to t_end over total_steps: at update n it has gone n steps under
     "paper" and n - 1 under "official". The first update has no J[n-1]: it records J and applies
-    t_linear alone under "paper", and nothing under "official". `adaptive=False` leaves
+    t_linear alone, which under "official" is t_start and changes nothing. `adaptive=False` leaves
     t = t_linear, the linear ablation.
 
     t never falls, never leaves [t_start, t_end], and stays at t_end after total_steps.
@@ -112,8 +112,7 @@ class TAIDSchedule:
         previous, self._previous_objective = self._previous_objective, objective
         self._num_updates += 1
         if previous is None:
-            if self._rule == "paper":
-                self._t = self._linear()
+            self._t = max(self._t, self._linear())
             return self._t
         change = (previous - objective) / (previous + _EPSILON)
         self._momentum = self._beta * self._momentum + (1.0 - self._beta) * change

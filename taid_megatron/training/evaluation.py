@@ -58,7 +58,11 @@ def _evaluation_mode(stages: list[DistributedDataParallel]) -> Iterator[None]:
 @contextmanager
 def gathered_weights(stages: list[DistributedDataParallel]) -> Iterator[None]:
     """Every weight up to date on every rank, where the forward pass would gather them lazily."""
-    lazy = [stage for stage in stages if stage.use_forward_hook and stage.remove_forward_pre_hook_handles]
+    lazy = [
+        stage
+        for stage in stages
+        if stage.use_forward_hook and stage.remove_forward_pre_hook_handles
+    ]
     for stage in lazy:
         stage.disable_forward_pre_hook()
     try:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from torch.utils.data import Dataset
 
-import taid_megatron
+from taid_megatron import __version__
 from taid_megatron.checkpointing import store
 from taid_megatron.config.batches import global_batch_size_at
 from taid_megatron.config.checks import check
@@ -36,7 +36,6 @@ from taid_megatron.training.setup import (
     build_trainer,
     teacher_architecture,
 )
-
 
 _OR_ELSE = "set it back, name another run.folder, or set checkpoint.resume=false"
 
@@ -81,35 +80,29 @@ def _train(
     metrics: MetricsWriter | None,
 ) -> None:
     config = trainer.config
-    deadline = math.inf
-    if config.training.max_minutes is not None:
-        deadline = time.monotonic() + 60 * config.training.max_minutes
-    saved_at = evaluated_at = trainer.step
+    started, minutes = time.monotonic(), config.training.max_minutes
+    last_step = min(trainer.steps, config.training.stop_at or trainer.steps)
     profiler = Profiler(config.logging, config.run.folder, trainer.world)
     with profiler, _collected_by_hand(config.training.gc_interval):
-        while trainer.step < trainer.steps:
+        while trainer.step < last_step:
             profiler.before(trainer.step + 1)
             record = _optimizer_step(trainer, batches)
             profiler.after(trainer.step)
-            if _due(config.training.gc_interval, trainer):
-                gc.collect()
-            if validation is not None and _due(config.evaluation.every, trainer):
-                record |= _held_out(trainer, validation)
-                evaluated_at = trainer.step
+            out_of_time = minutes is not None and any_rank(
+                time.monotonic() - started > 60 * minutes, trainer.world
+            )
+            last = out_of_time or trainer.step == last_step
+            if validation is not None and (last or _due(config.evaluation.every, trainer)):
+                record |= {"step": trainer.step, **_held_out(trainer, validation)}
             if metrics is not None and record:
                 metrics.log(record)
-            if _due(config.checkpoint.every, trainer):
+            if last or _due(config.checkpoint.every, trainer):
                 _save(trainer)
-                saved_at = trainer.step
-            if config.training.max_minutes and any_rank(time.monotonic() > deadline, trainer.world):
+            if _due(config.training.gc_interval, trainer):
+                gc.collect()
+            if out_of_time:
                 say(f"training.max_minutes is over: stopping after step {trainer.step}")
                 break
-    if validation is not None and evaluated_at != trainer.step:
-        held_out = _held_out(trainer, validation)
-        if metrics is not None:
-            metrics.log({"step": trainer.step, **held_out})
-    if saved_at != trainer.step:
-        _save(trainer)
 
 
 def _optimizer_step(trainer: Trainer, batches: DistributedBatches) -> dict[str, Any]:
@@ -159,7 +152,7 @@ def _optimizer_step(trainer: Trainer, batches: DistributedBatches) -> dict[str, 
 
 
 def _due(every: int | None, trainer: Trainer) -> bool:
-    return bool(every) and trainer.step % every == 0
+    return every is not None and every > 0 and trainer.step % every == 0
 
 
 def _held_out(trainer: Trainer, validation: Dataset) -> dict[str, float]:
@@ -182,7 +175,7 @@ def _save(trainer: Trainer) -> None:
                 "architecture": config.student.architecture.model_dump(mode="json"),
                 "layout": _layout(trainer),
                 "distributed_optimizer": config.parallel.distributed_optimizer,
-                "versions": {"taid_megatron": taid_megatron.__version__, "torch": torch.__version__},
+                "versions": {"taid_megatron": __version__, "torch": torch.__version__},
             },
         )
     say(f"checkpoint: {path}")
@@ -220,7 +213,9 @@ def _resume(trainer: Trainer) -> None:
     say(f"resuming {checkpoint.path} after step {trainer.step}{layout}")
 
 
-def _refuse_other_model(config: Config, state: dict[str, Any], checkpoint: store.Checkpoint) -> None:
+def _refuse_other_model(
+    config: Config, state: dict[str, Any], checkpoint: store.Checkpoint
+) -> None:
     wanted = config.student.architecture.model_dump(mode="json")
     different = {
         name: (state["architecture"].get(name), value)

@@ -60,7 +60,5 @@ class Profiler:
             return
         self._trace.__exit__(None, None, None)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._trace.export_chrome_trace(
-            str(self._folder / f"trace_rank{self._world.rank}.json")
-        )
+        self._trace.export_chrome_trace(str(self._folder / f"trace_rank{self._world.rank}.json"))
         self._trace, self._steps = None, None

@@ -109,9 +109,7 @@ def build_trainer(config: Config, world: World, abilities: EngineAbilities) -> T
     )
 
 
-def _student(
-    config: Config, vocabulary: Vocabulary, abilities: EngineAbilities
-) -> list[GPTStage]:
+def _student(config: Config, vocabulary: Vocabulary, abilities: EngineAbilities) -> list[GPTStage]:
     architecture = config.student.architecture
     megatron_config = transformer_config(
         architecture,
@@ -235,7 +233,7 @@ def _eod_id(config: Config) -> int:
     manifest = read_manifest(prefix)
     if manifest is None:
         raise ConfigError(
-            f"data.eod_id is not set and {prefix} has no manifest to read it from: set data.eod_id, "
-            "or prepare the data with `taid-data prepare`"
+            f"data.eod_id is not set and {prefix} has no manifest to read it from: set it, or "
+            "prepare the data with `taid-data prepare`"
         )
     return manifest.tokenizer.eod_id

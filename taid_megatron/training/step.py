@@ -28,8 +28,10 @@ Batch = dict[str, Tensor]
 class PerToken(Protocol):
     """What is computed on the last stage, for every token."""
 
-    names: tuple[str, ...]
-    """The figures it gives, on every rank alike; `loss` is the one that is differentiated."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The figures it gives, on every rank alike; `loss` is the one that is differentiated."""
+        ...
 
     def __call__(self, logits: Logits, labels: Tensor) -> dict[str, Tensor]:
         """Logits and labels [s, b] -> each figure of `names`, [s, b] fp32."""

@@ -1,7 +1,7 @@
-"""A run is the same run on any layout: losses, gradient norms, t and held-out figures of one process.
+"""A run is the same run on any layout: losses, gradient norms, t, held-out figures of one process.
 
-The teacher is wider and deeper than the student, weights start alike on every layout (they are drawn
-by name), and micro-batches have unequal numbers of unmasked tokens.
+The teacher is wider and deeper than the student, weights start alike on every layout (they are
+drawn by name), and micro-batches have unequal numbers of unmasked tokens.
 """
 
 from __future__ import annotations

@@ -111,6 +111,17 @@ def test_shards_of_logits_far_apart_are_rescaled_to_one_maximum():
     torch.testing.assert_close(grad.double(), expected_grad, atol=3e-6, rtol=0)
 
 
+# loss, the mix's weight, statistics asked for -> floats a token that travel
+TRAFFIC = {
+    ("taid", 0.0, ()): 5,
+    ("taid", CE_WEIGHT, ()): 6,
+    ("taid", CE_WEIGHT, STATS): 10,
+    ("forward_kl", 0.0, ("kl",)): 5,
+    ("forward_kl", 0.0, ("cross_entropy",)): 6,
+    ("cross_entropy", 0.0, ()): 3,
+}
+
+
 def test_one_collective_forward_and_none_backward():
     """Counted by the process group itself, whichever function called it; a few floats a token."""
     case = Case((20, 20))
@@ -126,12 +137,7 @@ def test_one_collective_forward_and_none_backward():
         dist.all_gather_into_tensor = counting
         calls = dist.group.WORLD._get_sequence_number_for_group
         counts = []
-        for name, stats in [
-            ("taid", ()),
-            ("forward_kl", ()),
-            ("cross_entropy", ()),
-            ("taid", STATS),
-        ]:
+        for name, ce_weight, stats in TRAFFIC:
             student = case.shard(case.student, rank).clone().requires_grad_()
             options = {"t": T} if name == "taid" else {}
             before = calls()
@@ -140,7 +146,7 @@ def test_one_collective_forward_and_none_backward():
                 student,
                 case.shard(case.teacher, rank),
                 labels=case.labels,
-                ce_weight=CE_WEIGHT,
+                ce_weight=ce_weight,
                 group=dist.group.WORLD,
                 return_stats=stats,
                 **options,
@@ -151,8 +157,8 @@ def test_one_collective_forward_and_none_backward():
         return counts, sizes
 
     for counts, sizes in run_ranks(2, on_rank):
-        assert counts == [(1, 0)] * 4
-        assert sizes == [6 * TOKENS, 6 * TOKENS, 3 * TOKENS, 10 * TOKENS]
+        assert counts == [(1, 0)] * len(TRAFFIC)
+        assert sizes == [floats * TOKENS for floats in TRAFFIC.values()]
 
 
 def test_a_group_of_one_needs_no_collective():
@@ -221,6 +227,20 @@ def test_padding_may_differ_between_ranks_and_fill_a_shard(padding, filling):
     hidden = torch.ones(wide.vocabulary, dtype=torch.bool).index_fill_(0, real, False)
     assert not grad[:, hidden].any()
     assert hidden.sum() == sum(padding)
+
+
+def test_a_shard_of_padding_has_no_say_in_the_maximum():
+    """All real logits lie so far below zero that e^logit would vanish beside e^0."""
+    case = Case((20, 20))
+    case.student -= 200
+    case.teacher -= 200
+
+    def on_rank(rank, world_size):
+        return case.run(rank, dist.group.WORLD, padding=20 * rank, labels=None, ce_weight=0.0)
+
+    loss = run_ranks(2, on_rank)[0][0]
+    expected = reference.taid(case.student[:, :20].double(), case.teacher[:, :20].double(), T)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=0)
 
 
 def test_a_shard_of_minus_infinity_has_no_mass():

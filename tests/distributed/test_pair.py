@@ -1,4 +1,4 @@
-"""The teacher in the pipeline: frozen, outside everything that is trained or saved, forward only."""
+"""The teacher in the pipeline: frozen, outside all that is trained or saved, forward only."""
 
 from __future__ import annotations
 

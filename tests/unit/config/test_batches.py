@@ -98,6 +98,11 @@ def test_a_boundary_that_floats_miss():
     assert global_batch_size_at(config, 3) == 60
 
 
+def test_without_a_ramp_there_is_one_size():
+    assert list(batch_sizes(make().training)) == [16]
+    assert list(batch_plan(make())) == [(16, 100)]
+
+
 def test_tokens_are_rounded_up_to_whole_steps():
     def steps(tokens: int) -> int:
         return train_steps(make(training__steps=None, training__tokens=tokens))

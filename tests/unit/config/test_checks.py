@@ -136,12 +136,14 @@ CLASHES: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
     ),
     "a group's channels over ranks": (
         {
-            "student__architecture__num_query_groups": 1,
+            "student__architecture__num_attention_heads": 16,
+            "student__architecture__num_query_groups": 2,
             "student__architecture__kv_channels": 2,
-            "parallel__tensor": 8,
+            "teacher__architecture__num_attention_heads": 16,
+            "parallel__tensor": 16,
         },
-        ["student.architecture", "2 * 1 query groups * 2 channels", "parallel.tensor=8"],
-        {"parallel__tensor": 4},
+        ["student.architecture", "2 * 2 query groups * 2 channels", "parallel.tensor=16"],
+        {"parallel__tensor": 8},
     ),
     "the teacher's heads": (
         {"teacher__architecture__num_attention_heads": 4, "parallel__tensor": 8},
@@ -150,7 +152,7 @@ CLASHES: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
     ),
     "layers over stages": (
         {"parallel__pipeline": 3},
-        ["student.architecture.num_layers=8", "parallel.pipeline=3", "[3, 3, 2]"],
+        ["student.architecture.num_layers=8", "divisible by parallel.pipeline=3;", "[3, 3, 2]"],
         {"student__layers_per_stage": [3, 3, 2], "teacher__layers_per_stage": [3, 3, 2]},
     ),
     "layers over chunks": (
@@ -381,7 +383,7 @@ def test_more_ranks_than_query_groups_share_them():
 def test_ranks_that_do_not_fit_name_a_command_that_does(world_size, engine, command):
     config = make(parallel__tensor=2, parallel__pipeline=2)
     message = refusal(config, world_size, engine=engine)
-    assert message.startswith(f"{world_size} rank")
+    assert message.startswith("1 rank:" if world_size == 1 else f"{world_size} ranks:")
     assert "parallel.tensor=2 * pipeline=2 * context=1 = 4" in message
     assert command in message
 

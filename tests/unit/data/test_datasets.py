@@ -175,14 +175,22 @@ def test_a_killed_build_is_built_again(tmp_path: Path, monkeypatch: pytest.Monke
             build(tmp_path, blend)
     assert contents(build(tmp_path, blend)[0]) == expected
 
-    description = next((tmp_path / "cache").glob("*-description.txt"))
-    shuffle = next((tmp_path / "cache").glob("*-shuffle_index.npy"))
-    description.unlink()  # killed while it was publishing: the description comes last
-    before = shuffle.stat().st_ino
-    reader = np.load(shuffle, mmap_mode="r")
-    assert contents(build(tmp_path, blend)[0]) == expected
-    assert shuffle.stat().st_ino != before
-    assert len(reader) >= 30
+    def killed_at_the_third(self: Path, target: Path) -> None:
+        published.append(target)
+        if len(published) == 3:
+            raise KeyboardInterrupt
+        os.replace(self, target)
+
+    published: list[Path] = []
+    cache = tmp_path / "half published"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path, blend, cache_path=cache)
+    before = {path.name: path.stat().st_ino for path in cache.iterdir()}
+    assert len(before) == 2
+    assert contents(build(tmp_path, blend, cache_path=cache)[0]) == expected
+    assert all((cache / name).stat().st_ino != before[name] for name in before)
 
 
 def refused(tmp_path: Path, train: list[tuple[str, float]], **options) -> str:

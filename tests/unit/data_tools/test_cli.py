@@ -132,14 +132,3 @@ def test_as_a_process(tmp_path: Path, text: Path, model_path: Path) -> None:
     assert done.stderr == (
         f"taid-data: {text}: not UTF-8 (byte 0); convert the file or leave it out\n"
     )
-
-
-def test_a_reader_that_stops_early_is_no_failure(
-    tmp_path: Path, text: Path, model_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text.write_text("def f(): return 1\n" * 20_000)
-    run(capsys, "prepare", text, "--tokenizer", model_path, "--out", tmp_path / "a")
-    command = f"{sys.executable} -m data_tools.cli inspect {tmp_path}/a | head -n 1"
-    shell = ["bash", "-o", "pipefail", "-c", command]
-    done = subprocess.run(shell, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "documents: 1\n", "")
