@@ -45,13 +45,15 @@ def quiet_megatron() -> None:
     """Keep megatron-core's standing remarks from the user; call it before its first import.
 
     Without Transformer Engine and Apex it warns in half a dozen modules that it will do without,
-    and every TransformerConfig warns of a default of its own.
+    every TransformerConfig warns of a default of its own, and its checkpoints call functions that
+    torch is about to rename.
     On other ranks than 0 its warnings and its loggers' lines below errors are dropped as well.
     Calling it again changes nothing.
     """
     warnings.filterwarnings("ignore", r".*Apex (is|are) not installed", UserWarning)
     warnings.filterwarnings("ignore", r"full scope is deprecated", UserWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", r"(Please use DTensor|`load_state_dict`)", FutureWarning)
     if rank() != 0:
         warnings.filterwarnings("ignore", module=r"megatron\.")
         logging.getLogger(_MEGATRON).setLevel(logging.ERROR)
