@@ -8,8 +8,8 @@ the same weights, whatever the tensor, pipeline and vocabulary split.
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
 
 import torch
 from megatron.core import parallel_state
@@ -67,7 +67,9 @@ def _fill(parameter: Tensor, name: str, architecture: Architecture, seed: int) -
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    # torch's CPU generator reads 32 bits of its seed: all of the run's seed must be in them
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def _fill_shard(part: Tensor, dim: int | None, std: float, generator: torch.Generator) -> None:

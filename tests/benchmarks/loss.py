@@ -27,9 +27,9 @@ T = 0.4
 WARMUP_TOKENS = 4
 
 
-def naive_taid(student: Tensor, teacher: Tensor) -> Tensor:
+def naive_taid(student: Tensor, teacher: Tensor, t: float = T) -> Tensor:
     """What one writes first: softmax, log_softmax, multiply, sum."""
-    mixed = torch.lerp(student.detach().float(), teacher.float(), T)
+    mixed = torch.lerp(student.detach().float(), teacher.float(), t)
     target = mixed.softmax(-1)
     return (target * (mixed.log_softmax(-1) - student.float().log_softmax(-1))).sum(-1)
 

@@ -1,4 +1,4 @@
-"""One step against its definition: dense, plain autograd, every token of the global batch at once."""
+"""One step against its definition: dense, plain autograd, the global batch in one piece."""
 
 from __future__ import annotations
 
