@@ -15,9 +15,8 @@ def _statistics(rank: int, size: int, config: str) -> None:
     with toy.trainer(config, "student.architecture.add_bias_linear=true") as trainer:
         student = trainer.students[0]
         weights = dict(student.named_parameters())
-        assert len(
-            {tuple(w.flatten()[:8].tolist()) for n, w in weights.items() if w.dim() > 1}
-        ) == (sum(w.dim() > 1 for w in weights.values()))
+        matrices = [weight for weight in weights.values() if weight.dim() > 1]
+        assert len({tuple(weight.flatten()[:8].tolist()) for weight in matrices}) == len(matrices)
         for name, weight in weights.items():
             if name.endswith("bias"):
                 assert torch.equal(weight, torch.zeros_like(weight)), name
