@@ -47,9 +47,6 @@ def train(
     from taid_megatron.config.load import load
 
     settings = load(config, overrides or ())
-    from taid_megatron.runtime.log import quiet_megatron
-
-    quiet_megatron()  # before its first import
     from taid_megatron.training.loop import run
 
     return run(settings)

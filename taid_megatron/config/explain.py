@@ -63,17 +63,13 @@ def _one(problem: Problem, root: type[Section], source: str, overridden: Sequenc
     return f"{key} is {_short(problem['input'])}, expected {_expected(problem)}{meaning}; {mend}"
 
 
-def _find(
-    loc: Sequence[int | str], root: type[Section]
-) -> tuple[type[Section] | None, FieldInfo | None]:
+def _find(loc: Sequence[int | str], root: type[Section]) -> tuple[type[Section], FieldInfo | None]:
     """The section that should hold the key at `loc`, and the key's field where it has one."""
-    section: type[Section] | None = root
-    field: FieldInfo | None = None
+    section, field = root, None
     for name in (part for part in loc if isinstance(part, str)):
-        section = root if field is None else section_in(field.annotation)
-        field = section.model_fields.get(name) if section else None
-        if field is None:
-            break
+        if field is not None:
+            section = section_in(field.annotation) or section
+        field = section.model_fields.get(name)
     return section, field
 
 
@@ -85,9 +81,8 @@ def section_in(annotation: Any) -> type[Section] | None:
     return next((section for section in found if section), None)
 
 
-def _known(loc: Sequence[int | str], section: type[Section] | None, root: type[Section]) -> str:
+def _known(loc: Sequence[int | str], section: type[Section], root: type[Section]) -> str:
     """What may have been meant, and the keys that there are."""
-    assert section is not None, "only a section refuses unknown keys"
     name = str(loc[-1])
     prefix = "".join(f"{part}." for part in loc[:-1])
     near = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.6)

@@ -147,7 +147,7 @@ class Taid(Section):
     """Interpolation at the first step: the share of the teacher in the target's logits."""
     t_end: Fraction = 1.0
     """Interpolation at the last step."""
-    alpha: Annotated[float, Field(ge=0)] = 5e-4
+    alpha: Fraction = 5e-4
     """Largest adaptive step of t."""
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Momentum of the objective's relative improvement."""

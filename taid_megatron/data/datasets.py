@@ -33,6 +33,7 @@ from data_tools.manifest import (
     manifest_path,
     read_manifest,
 )
+from taid_megatron.config.errors import UserError
 
 Blend = Sequence[tuple[str, float]]
 
@@ -66,15 +67,15 @@ def build_datasets(
     is_built_on_rank: False where a rank needs no data; it gets (None, None).
 
     Collective: where torch.distributed is initialised, all ranks call it; rank 0 builds the
-    indices, the others then read them. Raises ValueError naming file, fault and mend.
+    indices, the others then read them. Raises UserError naming file, fault and mend.
     """
     prefixes = _check_weights(train_blend)
     all_prefixes = sorted({*prefixes, *_check_weights(valid_blend)})
     if not prefixes:
-        raise ValueError("train_blend is empty; give (prefix, weight) pairs")
+        raise UserError("train_blend is empty; give (prefix, weight) pairs")
     _check_files(all_prefixes, seq_length, eod_id, reset_attention_mask or reset_position_ids)
     if num_train_samples < 1 or (num_valid_samples is not None and num_valid_samples < 1):
-        raise ValueError(
+        raise UserError(
             f"num_train_samples {num_train_samples}, num_valid_samples {num_valid_samples}: "
             "both must be at least 1"
         )
@@ -214,19 +215,17 @@ def _usable_folder(cache_path: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"{folder}: {error.strerror}; give another folder for the cache"
-        ) from error
+        raise UserError(f"{folder}: {error.strerror}; give another folder for the cache") from error
     if _is_first_rank() and not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder}: not writable; give another folder for the cache")
+        raise UserError(f"{folder}: not writable; give another folder for the cache")
     return folder
 
 
 def _check_weights(blend: Blend) -> list[str]:
-    """The prefixes. Raises ValueError for a weight that is no share."""
+    """The prefixes. Raises UserError for a weight that is no share."""
     for prefix, weight in blend:
         if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"{prefix}: weight {weight} in the blend; give a number above 0")
+            raise UserError(f"{prefix}: weight {weight} in the blend; give a number above 0")
     return [str(prefix) for prefix, _ in blend]
 
 
@@ -236,7 +235,7 @@ def _check_files(prefixes: list[str], seq_length: int, eod_id: int, needs_eod: b
         files = check_indexed(prefix)
         # megatron-core would add epochs for ever to reach a sample from nothing.
         if files.num_tokens <= seq_length:
-            raise ValueError(
+            raise UserError(
                 f"{prefix}.bin: {files.num_tokens} tokens, fewer than one sample of {seq_length} "
                 "+ 1; give more data or a smaller seq_length"
             )
@@ -246,7 +245,7 @@ def _check_files(prefixes: list[str], seq_length: int, eod_id: int, needs_eod: b
         _check_manifest(files, manifest, eod_id, needs_eod)
         made_by = made_by or (prefix, manifest.tokenizer.fingerprint)
         if manifest.tokenizer.fingerprint != made_by[1]:
-            raise ValueError(
+            raise UserError(
                 f"{manifest_path(prefix)}: another tokenizer than {made_by[0]}'s; prepare both "
                 "with the same"
             )
@@ -255,17 +254,17 @@ def _check_files(prefixes: list[str], seq_length: int, eod_id: int, needs_eod: b
 def _check_manifest(files: IndexedFiles, manifest: Manifest, eod_id: int, needs_eod: bool) -> None:
     path = manifest_path(files.prefix)
     if manifest.tokens != files.num_tokens:
-        raise ValueError(
+        raise UserError(
             f"{path}: says {manifest.tokens} tokens, {files.prefix}.bin has {files.num_tokens}; "
             "they do not belong together, prepare the data again"
         )
     if manifest.tokenizer.eod_id != eod_id:
-        raise ValueError(
+        raise UserError(
             f"{path}: prepared with end-of-document id {manifest.tokenizer.eod_id}, not {eod_id}; "
             "give that id, or prepare the data with the model's tokenizer"
         )
     if needs_eod and not manifest.options.append_eod:
-        raise ValueError(
+        raise UserError(
             f"{path}: prepared without end-of-document ids, so nothing can be reset at a "
             "document's start; prepare it without --no-eod"
         )

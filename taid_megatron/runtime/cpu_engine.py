@@ -10,6 +10,7 @@ else in this package knows of this module, and where CUDA is present it does not
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -17,6 +18,27 @@ from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 _mode: TorchFunctionMode | None = None
+
+
+def prepare_import() -> None:
+    """Import megatron-core without its torch.compile decorations; to be called before others do.
+
+    On a CPU they would want a compiler at the first call, and they load torch's inductor: two
+    seconds for every process. With CUDA, or once megatron-core is imported, this does nothing.
+    """
+    if torch.cuda.is_available() or "megatron.core" in sys.modules:
+        return
+    compile_function = torch.compile
+    torch.compile = _as_it_is  # type: ignore[assignment]
+    try:
+        import megatron.core.jit  # noqa: F401, its jit_fuser is torch.compile as it is now
+    finally:
+        torch.compile = compile_function
+
+
+def _as_it_is(model: Any = None, **options: Any) -> Any:
+    """In place of torch.compile, as decorator with and without options."""
+    return (lambda function: function) if model is None else model
 
 
 def install() -> bool:

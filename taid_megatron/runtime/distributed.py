@@ -103,6 +103,9 @@ def start(parallel: Parallel, seed: int, timeout_minutes: float = 10.0) -> World
     Run alone (no torchrun environment), the process is a world of one rank. On CUDA each process
     takes the GPU of its LOCAL_RANK and talks over NCCL; without CUDA the ranks talk over gloo.
     """
+    # Before CUDA starts. With one hardware queue kernels run in the order of their launch: Megatron
+    # relies on it to overlap tensor-parallel communication with the matrix products behind it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     on_cpu = cpu_engine.install()
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection

@@ -14,6 +14,10 @@ import warnings
 
 _NAME = "taid_megatron"
 _MEGATRON = "megatron"
+_RENAMED_IN_TORCH = (
+    *("ShardedTensor", "load_state_dict", "all_gather_into_tensor", "reduce_scatter_tensor"),
+    *("_all_gather_base", "_reduce_scatter_base"),
+)
 
 
 def rank() -> int:
@@ -53,7 +57,8 @@ def quiet_megatron() -> None:
     warnings.filterwarnings("ignore", r".*Apex (is|are) not installed", UserWarning)
     warnings.filterwarnings("ignore", r"full scope is deprecated", UserWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.")
-    warnings.filterwarnings("ignore", r"(Please use DTensor|`load_state_dict`)", FutureWarning)
+    for renamed in _RENAMED_IN_TORCH:
+        warnings.filterwarnings("ignore", rf".*{renamed}", FutureWarning)
     if rank() != 0:
         warnings.filterwarnings("ignore", module=r"megatron\.")
         logging.getLogger(_MEGATRON).setLevel(logging.ERROR)

@@ -189,6 +189,7 @@ def build_batches(
     """The training batches, at the trainer's position, and the held-out dataset."""
     config, world = trainer.config, trainer.world
     data = config.data
+    _check_vocabulary(config, trainer.vocabulary)
     train, validation = build_datasets(
         train_blend=_blend(data.blend),
         valid_blend=_blend(data.validation or ()),
@@ -223,6 +224,19 @@ def evaluation_samples(config: Config, world_size: int) -> int:
 
 def _blend(parts: Blend) -> list[tuple[str, float]]:
     return [(str(part.prefix), part.weight) for part in parts]
+
+
+def _check_vocabulary(config: Config, vocabulary: Vocabulary) -> None:
+    """Refuse data whose token ids reach beyond what both models know, as far as manifests tell."""
+    for key, blend in (("blend", config.data.blend), ("validation", config.data.validation or ())):
+        for part in blend:
+            manifest = read_manifest(part.prefix)
+            if manifest is not None and manifest.tokenizer.vocab_size > vocabulary.shared:
+                raise ConfigError(
+                    f"data.{key}: {part.prefix} was made with a tokenizer of "
+                    f"{manifest.tokenizer.vocab_size} ids, the models share {vocabulary.shared}: "
+                    "set vocab_size to the tokenizer's, or prepare the data with the models' own"
+                )
 
 
 def _eod_id(config: Config) -> int:

@@ -50,6 +50,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "cross-entropy mixed in, TP=2": (2, (TP2,), ("loss.ce_weight=0.3",)),
     "forward KL, PP=2": (2, (PP2,), ("loss.name=forward_kl",)),
     "cross-entropy alone, TP=2 DP=2": (4, (TP2,), ("loss.name=cross_entropy", "teacher=null")),
+    "teacher of a larger vocabulary, TP=2": (2, (TP2,), ("teacher.architecture.vocab_size=500",)),
+    "student of a larger vocabulary, PP=2": (2, (PP2,), ("student.architecture.vocab_size=700",)),
     # not one of those the code was written against: an odd number of stages of unequal depth, one
     # of them without a student layer, and a ring of messages with chunks
     "PP=3 uneven": (

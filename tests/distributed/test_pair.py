@@ -96,6 +96,14 @@ def test_teacher_activations_are_gone_before_the_backward(config, stages) -> Non
         assert max(seen["alive_in_backward"]) == 0
 
 
+def test_chunks_hold_no_more_than_what_is_on_its_way(config) -> None:
+    """The interleaved schedule posts receives ahead: those alone may be alive in a backward."""
+    overrides = (*VPP2, f"run.folder={config.parent}/alive_chunks")
+    for seen in run_ranks(2, _one_step, str(config), overrides):
+        assert len(seen["alive_in_backward"]) == 2 * MICRO_BATCHES
+        assert max(seen["alive_in_backward"]) <= 2
+
+
 def _what_is_trained(rank: int, size: int, config: str) -> None:
     with toy.trainer(config) as trainer:
         (teacher,) = teachers(trainer.pairs)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from data_tools.manifest import (
+    Manifest,
+    Options,
+    TokenizerRecord,
+    check_indexed,
+    write_manifest,
+)
+from taid_megatron.config.errors import ConfigError, UserError
 from taid_megatron.schedules import TAIDSchedule
 from taid_megatron.training import loop
 from taid_megatron.training.setup import build_batches
@@ -160,6 +170,37 @@ def _loss_becomes_nan(rank: int, size: int, config: str, folder: str) -> list[An
 
 def test_a_loss_that_is_not_a_number_is_never_applied(config, tmp_path) -> None:
     assert run_ranks(1, _loss_becomes_nan, str(config), str(tmp_path)) == [[0, True]]
+
+
+def _made_with_a_tokenizer_of(vocab_size: int, config: Path, folder: Path) -> str:
+    """The toy's training data with a manifest that says so."""
+    prefix = folder / f"data{vocab_size}"
+    for ending in ("bin", "idx"):
+        shutil.copy(config.parent / f"train.{ending}", f"{prefix}.{ending}")
+    tokenizer = TokenizerRecord(
+        kind="sentencepiece", name="t", fingerprint="0" * 32, vocab_size=vocab_size, eod_id=0
+    )
+    files = check_indexed(prefix)
+    manifest = Manifest(
+        **{"sources": [], "tokenizer": tokenizer, "dtype": "uint16", "empty_documents": 0},
+        **{"documents": 60, "tokens": int(files.sequence_lengths().sum())},
+        **{"options": Options(text_column="text", append_eod=True), "outputs": [], "versions": {}},
+    )
+    write_manifest(prefix, manifest)
+    return str(prefix)
+
+
+def test_data_of_another_vocabulary_is_refused(config, tmp_path) -> None:
+    fits = _made_with_a_tokenizer_of(toy.VOCABULARY, config, tmp_path)
+    beyond = _made_with_a_tokenizer_of(toy.VOCABULARY + 1, config, tmp_path)
+    toy.train(config, tmp_path / "fits", 1, f"data.blend={fits}", "training.stop_at=1")
+    with pytest.raises(ConfigError, match=r"tokenizer of 301 ids, the models share 300"):
+        toy.train(config, tmp_path / "beyond", 1, f"data.blend={beyond}")
+
+
+def test_more_sequence_than_data_is_one_clear_line(config, tmp_path) -> None:
+    with pytest.raises(UserError, match="tokens"):
+        toy.train(config, tmp_path, 1, "training.seq_length=65536")
 
 
 def test_teacher_from_a_checkpoint_of_another_layout(config, tmp_path) -> None:

@@ -110,7 +110,7 @@ def test_home_is_expanded_and_relative_paths_stay(run_yaml: Path, monkeypatch):
             "data.blend=[{prefix: a, wieght: 1}]",
             ["data.blend.0.wieght", "did you mean data.blend.0.weight?"],
         ),
-        ("zzz=5", ["zzz ", "known sections: run, student"]),
+        ("zzz=5", ["zzz is not a known key; known sections: run, student"]),
     ],
 )
 def test_unknown_keys_name_what_may_have_been_meant(run_yaml: Path, override: str, parts):
@@ -176,6 +176,22 @@ def test_missing_keys_say_what_they_are_and_how_to_give_them(run_yaml: Path):
     assert whole.startswith("run is missing; add the section to")
     assert "with at least folder" in whole
     assert whole.endswith("(4 more like this)")
+
+
+def test_a_missing_value_of_a_list_is_not_given_by_its_number(run_yaml: Path):
+    message = refusal(run_yaml, "logging.profile_steps=[1]")
+    assert message.startswith("logging.profile_steps.1 is missing")
+    assert message.endswith("give all values of the list")
+
+
+def test_long_values_are_cut(run_yaml: Path):
+    for override in (f"training.seq_length={'x' * 5000}", f"{'x' * 5000}"):
+        message = refusal(run_yaml, override)
+        assert "xxxxx..." in message
+        assert len(message) < 300
+    exactly = "x" * 78
+    assert f"'{exactly}'" in refusal(run_yaml, f"training.seq_length={exactly}")
+    assert f"'{exactly}x'" not in refusal(run_yaml, f"training.seq_length={exactly}x")
 
 
 def test_a_mistyped_required_key_is_reported_as_mistyped(run_yaml: Path):

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Annotated
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from taid_megatron.config.explain import section_in
+from taid_megatron.config.explain import explain, section_in
 from taid_megatron.config.schema import Config, Section
 
 from .configs import make
@@ -35,6 +36,18 @@ def test_every_field_and_section_is_documented():
 def test_all_sections_are_walked():
     names = {section.__name__ for section in sections()}
     assert {"Architecture", "BlendPart", "Recompute", "RampUp", "Logging"} <= names
+
+
+def test_constraints_that_have_no_words_yet_are_explained_by_pydantics():
+    class Even(Section):
+        count: Annotated[int, Field(multiple_of=2)]
+        """Pairs."""
+
+    with pytest.raises(ValidationError) as refused:
+        Even(count=3)
+    assert explain(refused.value, Even, "even.yaml", []) == (
+        "count is 3, expected a multiple of 2 (Pairs); change count in even.yaml"
+    )
 
 
 def test_a_configuration_is_frozen():
