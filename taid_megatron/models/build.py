@@ -111,8 +111,9 @@ def transformer_config(
         init_method=_leave_alone,
         output_layer_init_method=_leave_alone,
         gradient_accumulation_fusion=abilities.has_apex,
-        # these fusions go through torch.compile, which wants a compiler on a CPU
-        bias_activation_fusion=abilities.has_cuda,
+        # these fusions go through torch.compile, which wants a compiler on a CPU; without a bias
+        # Megatron has the first for gated activations alone
+        bias_activation_fusion=abilities.has_cuda and architecture.gated,
         bias_dropout_fusion=abilities.has_cuda,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
