@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -110,26 +111,19 @@ def build_trainer(config: Config, world: World, abilities: EngineAbilities) -> T
 
 
 def _student(config: Config, vocabulary: Vocabulary, abilities: EngineAbilities) -> list[GPTStage]:
-    architecture = config.student.architecture
-    megatron_config = transformer_config(
-        architecture,
-        config.parallel,
+    stages = _stages(
+        config,
+        config.student.architecture,
+        vocabulary,
+        abilities,
         precision=config.training.precision,
-        abilities=abilities,
         layers_per_stage=config.student.layers_per_stage,
         recompute=config.training.recompute,
         hidden_dropout=config.student.hidden_dropout,
         attention_dropout=config.student.attention_dropout,
     )
-    stages = build_stages(
-        architecture,
-        megatron_config,
-        vocabulary,
-        seq_length=config.training.seq_length,
-        reset_positions=config.data.reset_position_ids,
-    )
     for stage in stages:
-        initialize(stage, architecture, config.run.seed)
+        initialize(stage, config.student.architecture, config.run.seed)
     return stages
 
 
@@ -140,19 +134,13 @@ def _teacher(
     abilities: EngineAbilities,
 ) -> list[GPTStage]:
     assert config.teacher is not None
-    megatron_config = transformer_config(
+    stages = _stages(
+        config,
         architecture,
-        config.parallel,
-        precision=config.teacher.precision or config.training.precision,
-        abilities=abilities,
-        layers_per_stage=config.teacher.layers_per_stage,
-    )
-    stages = build_stages(
-        architecture,
-        megatron_config,
         vocabulary,
-        seq_length=config.training.seq_length,
-        reset_positions=config.data.reset_position_ids,
+        abilities,
+        precision=config.teacher.precision or config.training.precision,
+        layers_per_stage=config.teacher.layers_per_stage,
     )
     if config.teacher.checkpoint is not None:
         store.load_weights(store.find(config.teacher.checkpoint), stages)
@@ -160,6 +148,23 @@ def _teacher(
         for stage in stages:
             initialize(stage, architecture, config.run.seed + 1)
     return stages
+
+
+def _stages(
+    config: Config,
+    architecture: Architecture,
+    vocabulary: Vocabulary,
+    abilities: EngineAbilities,
+    **options: Any,
+) -> list[GPTStage]:
+    """A model's chunks on this rank, weights not filled; options: of transformer_config."""
+    return build_stages(
+        architecture,
+        transformer_config(architecture, config.parallel, abilities=abilities, **options),
+        vocabulary,
+        seq_length=config.training.seq_length,
+        reset_positions=config.data.reset_position_ids,
+    )
 
 
 def _communicator(

@@ -27,8 +27,13 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "PP=2 VPP=2": (2, (PP2, VPP2), ()),
     "PP=2 VPP=2, 4 micro-batches": (2, (PP2, VPP2, MICRO_BATCHES_4), ()),
     "DP=2": (2, (), ()),
-    "DP=2 sharded overlapped": (2, (SHARDED, *OVERLAP), ()),
-    "PP=2 VPP=2 DP=2 sharded overlapped": (4, (PP2, VPP2, SHARDED, *OVERLAP), ()),
+    # evaluated between steps, when weights are still to be gathered
+    "DP=2 sharded overlapped": (2, (SHARDED, *OVERLAP), ("evaluation.every=2",)),
+    "PP=2 VPP=2 DP=2 sharded overlapped": (
+        4,
+        (PP2, VPP2, SHARDED, *OVERLAP),
+        ("evaluation.every=2",),
+    ),
     "TP=2 SP, recompute full": (2, (TP2, SEQUENCE, "training.recompute.granularity=full"), ()),
     "TP=2 SP, recompute selective": (
         2,

@@ -19,6 +19,7 @@ TP2 = ("parallel.tensor=2",)
 PP2 = ("parallel.pipeline=2",)
 VPP2 = (*PP2, "parallel.virtual_pipeline=2")
 SHARDED = ("parallel.distributed_optimizer=true",)
+OVERLAP = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
 DROPOUT = ("student.hidden_dropout=0.1", "student.attention_dropout=0.1")
 EXACT = (
     *("step", "loss", "objective", "kl", "cross_entropy", "t", "lr", "grad_norm", "tokens"),
@@ -46,7 +47,11 @@ def _after(records: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
         pytest.param(1, ("training.precision=bf16", *DROPOUT), id="bf16 with dropout"),
         pytest.param(2, (*TP2, *DROPOUT), id="TP=2 with dropout"),
         pytest.param(2, SHARDED, id="DP=2 sharded"),
-        pytest.param(2, (*SHARDED, "training.precision=bf16"), id="DP=2 sharded, bf16"),
+        pytest.param(
+            2,
+            (*SHARDED, *OVERLAP, "training.precision=bf16"),
+            id="DP=2 sharded overlapped, bf16",
+        ),
         pytest.param(2, VPP2, id="PP=2 VPP=2"),
     ],
 )
