@@ -335,7 +335,7 @@ class Checkpoint(Section):
     every: Positive | None = None
     """Steps between checkpoints; none: only at the end."""
     resume: bool = True
-    """Go on from the newest checkpoint of the run folder where there is one."""
+    """Go on from the newest checkpoint of the run folder; false: refuse a folder that has one."""
 
 
 class Engine(Section):

@@ -88,12 +88,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank prints."""
-        return self.rank == 0
-
-    @property
-    def writes_metrics(self) -> bool:
-        """Whether this rank writes the run's metrics (it has them as all ranks do)."""
+        """Whether this rank speaks to the user and writes the run's files."""
         return self.rank == 0
 
 

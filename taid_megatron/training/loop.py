@@ -37,7 +37,7 @@ from taid_megatron.training.setup import (
     teacher_architecture,
 )
 
-_OR_ELSE = "set it back, name another run.folder, or set checkpoint.resume=false"
+_OR_ELSE = "set it back, or name another run.folder"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -82,6 +82,8 @@ def _train(
     config = trainer.config
     started, minutes = time.monotonic(), config.training.max_minutes
     last_step = min(trainer.steps, config.training.stop_at or trainer.steps)
+    if trainer.step >= last_step:
+        say(f"nothing left to do: {config.run.folder} is at step {trainer.step} of {last_step}")
     profiler = Profiler(config.logging, config.run.folder, trainer.world)
     with profiler, _collected_by_hand(config.training.gc_interval):
         while trainer.step < last_step:
@@ -188,11 +190,17 @@ def _layout(trainer: Trainer) -> dict[str, Any]:
 
 
 def _resume(trainer: Trainer) -> None:
-    """Go on from the newest checkpoint of the run folder, where there is one and it is wanted."""
+    """Go on from the newest checkpoint of the run folder, where there is one."""
     config = trainer.config
     checkpoint = store.newest(config.run.folder / "checkpoints")
-    if checkpoint is None or not config.checkpoint.resume:
+    if checkpoint is None:
         return
+    if not config.checkpoint.resume:
+        # starting over beside it would leave two runs' checkpoints to be taken for one
+        raise ConfigError(
+            f"checkpoint.resume is false and {checkpoint.path} is there: name another run.folder, "
+            "or move this one away"
+        )
     state = checkpoint.state()
     _refuse_other_model(config, state, checkpoint)
     same_layout = state["layout"] == _layout(trainer)
@@ -208,7 +216,12 @@ def _resume(trainer: Trainer) -> None:
     trainer.consumed_samples = state["consumed_samples"]
     trainer.lr_schedule.step(trainer.step)
     if trainer.schedule is not None and state["taid"] is not None:
-        trainer.schedule.load_state_dict(state["taid"])
+        try:
+            trainer.schedule.load_state_dict(state["taid"])
+        except ValueError as error:
+            raise ConfigError(
+                f"taid does not fit {checkpoint.path}: {error}; {_OR_ELSE}"
+            ) from error
     layout = "" if same_layout else " (another layout: dropout draws anew from the seed)"
     say(f"resuming {checkpoint.path} after step {trainer.step}{layout}")
 
@@ -243,7 +256,7 @@ def _refuse_other_model(
 @contextmanager
 def _metrics(trainer: Trainer) -> Iterator[MetricsWriter | None]:
     """The writer, on the one rank that writes."""
-    if not trainer.world.writes_metrics:
+    if not trainer.world.is_main:
         yield None
         return
     settings = trainer.config.logging
