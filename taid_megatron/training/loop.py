@@ -219,9 +219,8 @@ def _resume(trainer: Trainer) -> None:
         try:
             trainer.schedule.load_state_dict(state["taid"])
         except ValueError as error:
-            raise ConfigError(
-                f"taid does not fit {checkpoint.path}: {error}; {_OR_ELSE}"
-            ) from error
+            message = f"taid does not fit {checkpoint.path}: {error}; {_OR_ELSE}"
+            raise ConfigError(message) from error
     layout = "" if same_layout else " (another layout: dropout draws anew from the seed)"
     say(f"resuming {checkpoint.path} after step {trainer.step}{layout}")
 
