@@ -433,6 +433,11 @@ def megatron_on_one_rank(rng_tracker, monkeypatch):
     yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
+    # Megatron keeps a few groups beyond that. A rank that a later test forks from here would try to
+    # end their threads, which it does not have.
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, torch.distributed.ProcessGroup):
+            setattr(parallel_state, name, None)
 
 
 def megatron_layer(core_attention, **options):
