@@ -120,6 +120,7 @@ def test_foreign_models_encode_as_sentencepiece_does(tmp_path: Path) -> None:
 
 def json_tokenizer(path: Path, specials: list[str], max_length: int | None = None) -> Path:
     import tokenizers
+
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
