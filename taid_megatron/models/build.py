@@ -18,6 +18,7 @@ from torch.nn import functional
 from taid_megatron.config.checks import EngineAbilities
 from taid_megatron.config.schema import Architecture, Parallel, Recompute
 from taid_megatron.models.attention import TorchAttention
+from taid_megatron.models.local_layers import RotaryAttention, gated
 from taid_megatron.models.norms import norm_for
 from taid_megatron.models.vocabulary import Vocabulary
 
@@ -114,6 +115,8 @@ def transformer_config(
         # these fusions go through torch.compile, which wants a compiler on a CPU; without a bias
         # Megatron has the first for gated activations alone
         bias_activation_fusion=abilities.has_cuda and architecture.gated,
+        # what lets a layer's spec name the activation, Transformer Engine or not
+        use_te_activation_func=architecture.gated and not abilities.has_cuda,
         bias_dropout_fusion=abilities.has_cuda,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
@@ -194,9 +197,12 @@ def _block_spec(
     )
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm
+    layer.submodules.self_attention.module = RotaryAttention
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = TorchAttention
     if architecture.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm
+    if config.use_te_activation_func:
+        layer.submodules.mlp.submodules.activation_func = gated(config.activation_func)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)

@@ -3,12 +3,14 @@
 megatron-core names the device "cuda" in its factory calls and asks torch.cuda for the current
 device and random state. One TorchFunctionMode redirects the factories; the functions of torch.cuda
 that a CPU build cannot answer are replaced; gloo's scatter, which silently sends the wrong bytes of
-a non-contiguous chunk, gets contiguous ones. Nothing of megatron-core itself is rewritten, nothing
-else in this package knows of this module, and where CUDA is present it does nothing.
+a non-contiguous chunk, gets contiguous ones. One thing is for speed alone: freed memory is kept for
+the next tensor. Nothing of megatron-core itself is rewritten, nothing else in this package knows of
+this module, and where CUDA is present it does nothing.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
 from typing import Any
@@ -56,6 +58,7 @@ def install() -> bool:
         _replace_torch_cuda()
         _replace_megatron_rng()
         _contiguous_scatter()
+        _keep_freed_memory()
     return True
 
 
@@ -120,3 +123,18 @@ def _contiguous_scatter() -> None:
         return scatter(tensor, scatter_list, *args, **kwargs)
 
     torch.distributed.scatter = contiguous_scatter
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what tensors free for the next ones, up to 2 GiB.
+
+    By default each tensor of 32 MiB and more is mapped anew and handed back: the system clears its
+    pages again at every step, which took 6% of a small pair's step.
+    """
+    most, mmap_max, trim_threshold = 2**31 - 1, -4, -1
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # another C library than glibc: only slower
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, most)
