@@ -5,15 +5,16 @@
 A step is the forward of the teacher and of the student, TAID, backward, gradient clipping, AdamW
 and the update of t, in fp32 in one process. `transformers` is what one writes first:
 LlamaForCausalLM with torch's attention, softmax, log_softmax, multiply and sum under autograd, the
-teacher without gradient, torch's AdamW. `taid-megatron` is the trainer's own step, its data loader
-included, on a world of one rank, once with every step logged (which measures KL and cross-entropy
-as well, the default) and once with the others.
+teacher without gradient, torch's fused AdamW. The CPU engine of `taid-megatron` lets the C library
+keep freed memory; `transformers, memory kept` does so too. `taid-megatron` is the trainer's own
+step, its data loader included, on a world of one rank: once with every step logged (the default,
+which measures KL and cross-entropy as well), once with none.
 
-All sides start from the same weights and see the same tokens; a run whose losses differ fails.
+All versions start from the same weights and see the same tokens; a run whose losses differ fails.
 Each lives in a process of its own, so that none slows another. They take turns, and a ratio is that
 of one turn's CPU-seconds to `transformers`' of the same round. Memory is the peak resident size of
-those fresh processes in their first steps over what they held when the models were built, gradient
-buffers apart. Only the ratios carry over to another machine.
+those processes over what they held when the models were built, gradient buffers not counted as
+held. Only the ratios carry over to another machine.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ from measure import MIB, peak_bytes, write_json
 from torch import Tensor
 
 BASELINE = "transformers"
-SPAWN = multiprocessing.get_context("spawn")
+# Forked after the imports, the processes start at once; nothing has run before.
+FORK = multiprocessing.get_context("fork")
 SEED = 1
 WARM_UP_STEPS = 3
 CLIP = 1.0
-# Sums run in another order on each side, and after some steps the weights differ as well.
+# Sums run in another order in each version, and after some steps the weights differ as well.
 LOSS_TOLERANCE = 1e-3
 
 Step = Callable[[], float | None]
@@ -49,7 +51,7 @@ Step = Callable[[], float | None]
 Weights = dict[str, Tensor]
 
 
-# ---- what both sides do --------------------------------------------------------------------------
+# ---- what all versions share ---------------------------------------------------------------------
 
 
 def architectures(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -97,10 +99,10 @@ def write_config(args: argparse.Namespace, folder: Path, steps: int) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
-def work(connection: Connection, side: str, args: argparse.Namespace, folder: Path) -> None:
-    """A side's process: builds it, then does as many steps as it is told, as long as it is."""
+def work(connection: Connection, version: str, args: argparse.Namespace, folder: Path) -> None:
+    """A version's process: builds it, then does as many steps as it is told, as long as it is."""
     torch.set_num_threads(args.threads)
-    step, built = SIDES[side](folder)
+    step, built = VERSIONS[version](folder)
     gc.collect()
     gc.disable()  # as the trainer does
     before = peak_bytes(reset=True) - built
@@ -116,7 +118,7 @@ def work(connection: Connection, side: str, args: argparse.Namespace, folder: Pa
 
 
 def prepare(args: argparse.Namespace, folder: Path, steps: int) -> None:
-    """Write what all sides start from: a configuration, its weights, and the tokens it reads."""
+    """Write what all versions start from: a configuration, its weights, and the tokens it reads."""
     from taid_megatron.training.setup import build_batches
 
     write_config(args, folder, steps)
@@ -227,6 +229,14 @@ def build_plain(folder: Path) -> tuple[Step, int]:
     return step, 0
 
 
+def build_plain_memory_kept(folder: Path) -> tuple[Step, int]:
+    """As build_plain, with the C library told what the CPU engine tells it."""
+    from taid_megatron.runtime import cpu_engine
+
+    cpu_engine._keep_freed_memory()
+    return build_plain(folder)
+
+
 def as_llama(weights: Weights, shape: dict[str, Any]) -> Weights:
     """A stage's weights under transformers' names."""
     names = {
@@ -267,26 +277,30 @@ def as_llama(weights: Weights, shape: dict[str, Any]) -> Weights:
 
 # ---- the comparison ------------------------------------------------------------------------------
 
-SIDES: dict[str, Callable[[Path], tuple[Step, int]]] = {
+VERSIONS: dict[str, Callable[[Path], tuple[Step, int]]] = {
     BASELINE: build_plain,
+    "transformers, memory kept": build_plain_memory_kept,
     "taid-megatron": build_ours,
     "taid-megatron, unlogged": build_ours_unlogged,
 }
 
 
 class Worker:
-    """A side in a process of its own. Use as a context manager."""
+    """A version in a process of its own. Use as a context manager."""
 
-    def __init__(self, side: str, args: argparse.Namespace, folder: Path) -> None:
-        self._connection, theirs = SPAWN.Pipe()
-        self._process = SPAWN.Process(target=work, args=(theirs, side, args, folder), daemon=True)
-        self.side = side
+    def __init__(self, version: str, args: argparse.Namespace, folder: Path) -> None:
+        self._connection, self._theirs = FORK.Pipe()
+        self._process = FORK.Process(
+            target=work, args=(self._theirs, version, args, folder), daemon=True
+        )
+        self.version = version
         self.cpu_seconds: list[float] = []
         self.losses: list[float | None] = []
         self.peak_mib = 0.0
 
     def __enter__(self) -> Worker:
         self._process.start()
+        self._theirs.close()  # else nobody would notice the end of a process that fails
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -296,51 +310,62 @@ class Worker:
     def run(self, steps: int) -> float:
         """CPU-seconds per step."""
         self._connection.send(steps)
-        seconds, losses, self.peak_mib = self._connection.recv()
+        try:
+            seconds, losses, self.peak_mib = self._connection.recv()
+        except EOFError:
+            raise SystemExit(f"{self.version} has failed, see above") from None
         self.losses += losses
         return seconds
 
 
+def import_what_is_forked() -> None:
+    """Import once what every process needs."""
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+    from taid_megatron.training import loop  # noqa: F401
+
+
 def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """A row per side, with its ratios to the baseline."""
+    """A row per version, with its ratios to the baseline."""
+    import_what_is_forked()
     steps = WARM_UP_STEPS + args.repeats * args.steps + 1
-    preparation = SPAWN.Process(target=prepare, args=(args, folder, steps))
+    preparation = FORK.Process(target=prepare, args=(args, folder, steps))
     preparation.start()
     preparation.join()
     if preparation.exitcode != 0:
         raise SystemExit("the preparation failed, see above")
     with ExitStack() as running:
-        workers = [running.enter_context(Worker(side, args, folder)) for side in SIDES]
+        workers = [running.enter_context(Worker(name, args, folder)) for name in VERSIONS]
         for worker in workers:
             worker.run(WARM_UP_STEPS)
         for repeat in range(args.repeats):
-            # every side comes first, last and between as often as the others
+            # each comes first, last and between as often as the others
             for index in range(len(workers)):
                 worker = workers[(repeat + index) % len(workers)]
                 worker.cpu_seconds.append(worker.run(args.steps))
         for worker in workers:
-            worker.run(1)  # the last step is logged on every side
+            worker.run(1)  # the last step is always logged
     baseline = workers[0]
     refuse_other_losses(baseline, workers)
     return [row(worker, baseline) for worker in workers]
 
 
 def refuse_other_losses(baseline: Worker, workers: list[Worker]) -> None:
-    """Stop where a side has computed something else than the others."""
+    """Stop where a version has computed something else than the baseline."""
     for worker in workers:
         for step, (loss, other) in enumerate(zip(worker.losses, baseline.losses, strict=True), 1):
             if loss is not None and abs(loss - other) > LOSS_TOLERANCE * abs(other):
                 raise SystemExit(
-                    f"step {step}: loss {loss} of {worker.side}, {other} of {baseline.side}"
+                    f"step {step}: loss {loss} of {worker.version}, {other} of {baseline.version}"
                 )
 
 
 def row(worker: Worker, baseline: Worker) -> dict[str, Any]:
-    """What was measured of a side."""
+    """What was measured of a version."""
     seconds = worker.cpu_seconds
     ratios = [own / other for own, other in zip(seconds, baseline.cpu_seconds, strict=True)]
     return {
-        "version": worker.side,
+        "version": worker.version,
         "cpu_seconds": seconds,
         "cpu_seconds_median": statistics.median(seconds),
         "cpu_seconds_min": min(seconds),
@@ -383,12 +408,12 @@ def main(argv: list[str] | None = None) -> None:
         "{} {}x{}".format(role, *getattr(args, role)) for role in ("student", "teacher")
     )
     print(f"{sizes}, vocabulary {args.vocabulary}, {args.batch} x {args.seq_length} tokens, fp32")
-    print(f"{'CPU-seconds per step':<25}{'median':>8}{'min':>8}{'max':>8}{'ratio':>7}", end="")
+    print(f"{'CPU-seconds per step':<27}{'median':>8}{'min':>8}{'max':>8}{'ratio':>7}", end="")
     print(f"{'of each pair':>20}{'peak MiB':>10}{'ratio':>7}")
     for r in rows:
         spread = f"{r['ratio']:.2f} ({min(r['ratios']):.2f}-{max(r['ratios']):.2f})"
         print(
-            f"{r['version']:<25}{r['cpu_seconds_median']:>8.4f}{r['cpu_seconds_min']:>8.4f}"
+            f"{r['version']:<27}{r['cpu_seconds_median']:>8.4f}{r['cpu_seconds_min']:>8.4f}"
             f"{r['cpu_seconds_max']:>8.4f}{r['ratio_of_medians']:>7.2f}{spread:>20}"
             f"{r['peak_mib']:>10.1f}{r['peak_ratio']:>7.2f}"
         )
