@@ -1,34 +1,22 @@
-"""KL(p_t || q) and cross-entropy on vocabulary shards: one collective forward, none backward.
+"""Divergences on vocabulary shards: a few floats a token travel forward, nothing backward.
 
-Legend
-    s, z, i     student logits, teacher logits, the target's logits i = (1 - t) s + t z
-    q, p        softmax(s), softmax(i)
-    [T, V]      tokens of one chunk x the rank's real (not padding) vocabulary columns
-    [*]         the logits' shape without the last axis: one number per token
-    [K, *]      the K packed statistics of every token, [R, K, *] those of all R ranks
+Forward: each rank sums statistics of its own columns (a `Form` says which, forms.py and
+mixtures.py), ranks meet once, twice or three times (shards.py), and every rank computes the same
+per-token values from the statistics of the whole rows.
 
-Forward, per token and shard, with maxima m and sums S taken separately for s and i:
+Backward: local, from a few floats per token and the logits themselves.
 
-    S_s = sum e^(s - m_s)     S_i = sum e^(i - m_i)     A = sum e^(i - m_i) (z - s)
+Both directions walk over chunks of tokens in a few fp32 buffers that stay in cache, so each reads
+the logits of both models once, and nothing of the logits' size is allocated beside the gradient;
+with `inplace` the gradient takes the student's own storage. A fused kernel (kernels.py) may take
+the place of either walk.
 
-One all-gather carries them; every rank merges them in rank order by rescaling to the global maxima,
-so that all ranks hold the same bits:
-
-    KL(p || q) = t A / S_i + (m_s - m_i) + log S_s - log S_i
-
-m and log S stay apart: their sum, the log-sum-exp, would round away what the difference needs. The
-logit of the label, and the sums of whatever else is asked for, travel in the same all-gather.
-
-Backward, per element and local:  g (e^(s - m_s) / S_s - e^(i - m_i) / S_i).
-
-Both directions walk over chunks of tokens in three fp32 buffers that stay in cache, so each reads
-the logits of both models once, and nothing of the logits' size is allocated beside the gradient.
+Shapes: [*] tokens, [*, V] this rank's columns; see shards.py.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,102 +25,31 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# t, and None where there is no divergence at all.
-Interpolation = float | Tensor | None
-
-STATS = ("objective", "cross_entropy_to_target", "kl", "cross_entropy")
-
-_LOG2_E = 1.0 / math.log(2.0)
-
-# Stands for -inf (a masked column), so that z - s and 0 * s stay finite. A sum of 10^8 of them
-# still fits in fp32.
-_FLOOR = -1e30
-
-# Bytes of one of the three buffers. CPU: the fastest of 0.125 to 8 MiB with 1 MiB of L2 per core.
-# Elsewhere a chunk must be large enough to hide the launches of some twenty kernels.
-_CHUNK_BYTES = {"cpu": 2 << 20}
-_CHUNK_BYTES_ELSEWHERE = 64 << 20
-
-# What is rescaled together when the shards' maxima are merged.
-_SUMS_OF = {
-    "max_s": ("sum_s",),
-    "max_p": ("sum_p", "gap_p", "student_p"),
-    "max_z": ("sum_z", "gap_z"),
-}
+from taid_megatron.losses.forms import Fill, FillWide, Form, Interpolated
+from taid_megatron.losses.shards import (
+    Chunk,
+    Columns,
+    Request,
+    chunks,
+    compute_dtype,
+    empty_statistics,
+    join,
+    local_labels,
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a caller wants besides the loss itself; checked by `distillation_loss`.
-
-    Attributes:
-        labels: global vocabulary ids [*]; negative ids are ignored.
-        group: the ranks that share the vocabulary; None for whole rows.
-        ce_weight: share of the cross-entropy in the total.
-        inplace: let the backward write the gradient over the student's logits.
-        stats: names from STATS to return beside the loss.
-        padding: trailing local columns that belong to no token.
-        vocab_offset: global id of the first local column; None for rank * local width.
-        chunk_tokens: tokens per chunk; None for what fits the cache.
-    """
-
-    labels: Tensor | None = None
-    group: dist.ProcessGroup | None = None
-    ce_weight: float = 0.0
-    inplace: bool = False
-    stats: tuple[str, ...] = ()
-    padding: int = 0
-    vocab_offset: int | None = None
-    chunk_tokens: int | None = None
-
-    def first_id(self, width: int) -> int:
-        """Global vocabulary id of the first of `width` local columns."""
-        if self.vocab_offset is not None:
-            return self.vocab_offset
-        return 0 if self.group is None else self.group.rank() * width
-
-
-def taid(
-    student: Tensor, teacher: Tensor, request: Request, *, t: float | Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """KL(p_t || q) per token and the asked statistics. [*, V] x 2 -> [*], nats. TAID, eq. 2.
-
-    t is a float, or a 0-d tensor on the logits' accelerator, which is then not synchronised with.
-    """
-    return _run(student, teacher, t, request)
-
-
-def forward_kl(
-    student: Tensor, teacher: Tensor, request: Request
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """KL(teacher || student) per token and the asked statistics. [*, V] x 2 -> [*], nats."""
-    return _run(student, teacher, 1.0, request)
-
-
-def cross_entropy(
-    student: Tensor, teacher: Tensor | None, request: Request
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log q(label) per token and the asked statistics. [*, V] -> [*], nats.
-
-    The teacher is read only where the statistic `kl` is asked for.
-    """
-    return _run(student, teacher, None, request)
-
-
-def _run(
-    student: Tensor, teacher: Tensor | None, t: Interpolation, request: Request
-) -> tuple[Tensor, dict[str, Tensor]]:
-    # Detached here, the teacher and t can neither ask for a gradient nor make the loss ask for one.
+def run(
+    form: Form, student: Tensor, teacher: Tensor | None, request: Request
+) -> tuple[Tensor, Columns]:
+    """Loss per token and the asked statistics. [*, V] x 2 -> [*], nats, fp32 (float64 if given)."""
+    # Detached here, the teacher can neither ask for a gradient nor make the loss ask for one.
     teacher = None if teacher is None else teacher.detach()
-    if isinstance(t, Tensor):
-        # A copy: whoever owns t may change it before the backward.
-        t = t.detach().to(_compute_dtype(student, teacher), copy=True)
-    loss, *stats = _InterpolatedKL.apply(student, teacher, t, request)
+    loss, *stats = _Divergence.apply(student, teacher, form.parameter, form, request)
     return loss, dict(zip(request.stats, stats, strict=True))
 
 
-class _InterpolatedKL(torch.autograd.Function):
-    """(1 - w) KL(p_t || q) + w CE, w the request's ce_weight; t = None is the cross-entropy alone.
+class _Divergence(torch.autograd.Function):
+    """(1 - w) objective + w cross-entropy, w the request's ce_weight.
 
     Returns the loss [*] and then the request's statistics [*], which carry no gradient.
     """
@@ -142,189 +59,103 @@ class _InterpolatedKL(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         teacher: Tensor | None,
-        t: Interpolation,
+        parameter: Tensor | None,
+        form: Form,
         request: Request,
     ) -> tuple[Tensor, ...]:
-        names = _packed_names(t, request)
-        packed = _local_statistics(student, teacher, t, request, names)
-        merged = _merge(_gather(packed, request.group), names)
-        values = _values(merged, t, request)
-        loss = _total(values, t, request.ce_weight)
+        shard = _Shard(student, teacher, request)
+        forms = _forms(form, request)
+        merged = join([shard.statistics(part) for part in forms], request)
+        if request.check_finite:
+            _refuse_non_finite(merged)
+        form.refine(_Walk(shard, form), merged[0])
+        values = _values(forms, merged, request)
+        loss = _total(values, form, request)
         # Clones: autograd wants every output to be a tensor of its own.
         stats = tuple(values[name].clone() for name in request.stats)
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
-        if ctx.needs_input_grad[0]:
-            used = ("max_s", "sum_s") if t is None else ("max_s", "sum_s", "max_p", "sum_p")
-            normalisers = torch.stack([merged[name] for name in used])
-            ctx.save_for_backward(student, teacher, normalisers, request.labels)
-            ctx.t, ctx.request, ctx.overwritten = t, request, False
+        if any(ctx.needs_input_grad):
+            kept = [
+                part[name]
+                for each, part in zip(forms, merged, strict=True)
+                for name in each.saved()
+            ]
+            ctx.save_for_backward(student, teacher, torch.stack(kept), request.labels)
+            ctx.forms, ctx.request, ctx.overwritten = forms, request, False
         return loss, *stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_stats: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return None, None, None, None
+            return None, None, None, None, None
         if ctx.overwritten:
             raise RuntimeError(
                 "distillation_loss(inplace=True): the first backward has overwritten the student "
                 "logits with their gradient; a second backward needs inplace=False"
             )
         # The labels are saved for autograd to notice a change; they are read from the request.
-        student, teacher, normalisers, _ = ctx.saved_tensors
-        ctx.overwritten = ctx.request.inplace
-        coefficients = _coefficients(grad_loss, normalisers, ctx.t, ctx.request)
-        return _gradient(student, teacher, coefficients, ctx.t, ctx.request), None, None, None
+        student, teacher, kept, _ = ctx.saved_tensors
+        form, request = ctx.forms[0], ctx.request
+        values = iter(kept.unbind())
+        merged = [{name: next(values) for name in part.saved()} for part in ctx.forms]
+        divergence, surprise = _upstream(grad_loss, form, request)
+        grad_parameter = None
+        if ctx.needs_input_grad[2]:
+            slope = (divergence * merged[0]["slope"]).sum()
+            grad_parameter = slope.to(form.parameter.dtype).reshape(form.parameter.shape)
+        grad = None
+        if ctx.needs_input_grad[0]:
+            ctx.overwritten = request.inplace
+            shard = _Shard(student, teacher, request)
+            grad = shard.gradient(ctx.forms, merged, divergence, surprise)
+        return grad, None, grad_parameter, None, None
 
 
-# ---- forward -------------------------------------------------------------------------------------
+def _forms(form: Form, request: Request) -> list[Form]:
+    """The form, and where it lacks the plain softmax that the request needs, one that has it."""
+    plain_stats = {"kl", "cross_entropy_to_target", "cross_entropy"}
+    if form.plain or not (request.ce_weight > 0 or plain_stats & set(request.stats)):
+        return [form]
+    return [form, Interpolated(1.0)]
 
 
-def _packed_names(t: Interpolation, request: Request) -> tuple[str, ...]:
-    """The statistics that have to travel, in the order of the packed tensor's first axis."""
-    names = ["max_s", "sum_s"]
-    if t is not None:
-        names += ["max_p", "sum_p", "gap_p"]
-        if "cross_entropy_to_target" in request.stats:
-            names += ["student_p"]
-    if "kl" in request.stats and not _is_teacher(t):
-        names += ["max_z", "sum_z", "gap_z"]
-    if request.labels is not None:
-        names += ["label_s"]
-    return tuple(names)
-
-
-def _local_statistics(
-    student: Tensor,
-    teacher: Tensor | None,
-    t: Interpolation,
-    request: Request,
-    names: tuple[str, ...],
-) -> Tensor:
-    """One pass over this rank's shard. [*, V] x 2 -> [K, *]."""
-    width = student.shape[-1] - request.padding
-    dtype = _compute_dtype(student, teacher)
-    packed = torch.zeros(len(names), *student.shape[:-1], dtype=dtype, device=student.device)
-    for name, column in zip(names, packed.unbind(), strict=True):
-        # What a shard without real columns contributes; all others overwrite it.
-        if name in _SUMS_OF:
-            column.fill_(_FLOOR)
-        elif name == "label_s":
-            column.fill_(-torch.inf)
-    tensors = (
-        student[..., :width],
-        (student if teacher is None else teacher)[..., :width],
-        _local_labels(student, request),
-        packed.movedim(0, -1),
-    )
-    for (s, z, index, rows), scratch in _chunks(tensors, dtype, request.chunk_tokens):
-        columns = dict(zip(names, rows.unbind(-1), strict=True))
-        _chunk_statistics(s, z, t, index, columns, scratch)
-    return packed
-
-
-def _chunk_statistics(
-    student: Tensor,
-    teacher: Tensor,
-    t: Interpolation,
-    index: Tensor,
-    columns: dict[str, Tensor],
-    scratch: tuple[Tensor, ...],
-) -> None:
-    """Fill `columns` [T] from one chunk. [T, V] x 2; index [T, 1] is the local label or -1."""
-    s, z, work = scratch
-    _load(student, s)
-    if "label_s" in columns:
-        picked = s.gather(1, index.clamp(min=0))
-        columns["label_s"].copy_(picked.masked_fill_(index < 0, -torch.inf).squeeze(1))
-    if "max_z" in columns:
-        _load(teacher, z)
-        _exponentials(z, columns["max_z"], columns["sum_z"], out=work)
-        torch.sum(z.sub_(s).mul_(work), -1, out=columns["gap_z"])
-    if t is not None:
-        _load(teacher, z)
-        _exponentials(_target(s, z, t, work), columns["max_p"], columns["sum_p"], out=work)
-        torch.sum(z.sub_(s).mul_(work), -1, out=columns["gap_p"])
-        if "student_p" in columns:
-            torch.sum(work.mul_(s), -1, out=columns["student_p"])
-    _exponentials(s, columns["max_s"], columns["sum_s"], out=s)
-
-
-def _exponentials(x: Tensor, top: Tensor, total: Tensor, *, out: Tensor) -> None:
-    """top = max x, out = e^(x - top), total = sum out, over the last axis; `out` may be `x`."""
-    torch.amax(x, -1, out=top)
-    _exp_of_difference(x, top.unsqueeze(-1), out=out)
-    torch.sum(out, -1, out=total)
-
-
-def _exp_of_difference(x: Tensor, top: Tensor, *, out: Tensor) -> Tensor:
-    """out = e^(x - top); `out` may be `x`.
-
-    As a power of two: torch's exp takes three times exp2's time on CPUs (0.85 and 0.28 ns an
-    element), and exp was half of the loss. Scaling after the subtraction keeps the error at the
-    subtraction's own.
-    """
-    return torch.sub(x, top, out=out).mul_(_LOG2_E).exp2_()
-
-
-def _gather(packed: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The packed statistics of every rank, in rank order. [K, *] -> [R, K, *]. The collective."""
-    if group is None or group.size() == 1:
-        return packed.unsqueeze(0)
-    parts = packed.new_empty(group.size(), *packed.shape)
-    dist.all_gather_into_tensor(parts.view(-1), packed.view(-1), group=group)
-    return parts
-
-
-def _merge(parts: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Statistics of the whole rows. [R, K, *] -> {name: [*]}."""
-    column = dict(zip(names, parts.unbind(1), strict=True))
-    merged = {}
-    for top, sums in _SUMS_OF.items():
-        if top not in column:
-            continue
-        merged[top] = column[top].amax(0)
-        rescale = (column[top] - merged[top]).exp()
-        for name in sums:
-            if name in column:
-                merged[name] = (column[name] * rescale).sum(0)
-    if "label_s" in column:
-        # -inf on every rank but the label's own.
-        merged["label_s"] = column["label_s"].amax(0)
-    return merged
-
-
-def _values(merged: dict[str, Tensor], t: Interpolation, request: Request) -> dict[str, Tensor]:
+def _values(forms: list[Form], merged: list[Columns], request: Request) -> Columns:
     """Per-token objective and statistics [*] from the statistics of the whole rows."""
-    values = {}
-    max_s, log_sum_s = merged["max_s"], merged["sum_s"].log()
+    values: Columns = {}
+    for form, part in reversed(list(zip(forms, merged, strict=True))):
+        values |= form.values(part, request)
+    plain = merged[-1]
     if request.labels is not None:
-        _refuse_lost_labels(request.labels, merged["label_s"])
-        surprise = (max_s - merged["label_s"]) + log_sum_s
+        _refuse_lost_labels(request.labels, plain["label_s"])
+    if request.labels is not None and forms[-1].plain:
+        surprise = (plain["max_s"] - plain["label_s"]) + plain["sum_s"].log()
         values["cross_entropy"] = surprise.masked_fill_(request.labels < 0, 0.0)
-    if t is None:
+    if "objective" not in values:
         values["objective"] = values["cross_entropy_to_target"] = values["cross_entropy"]
-    else:
-        gap = t * (merged["gap_p"] / merged["sum_p"])
-        log_ratio = (max_s - merged["max_p"]) + (log_sum_s - merged["sum_p"].log())
-        values["objective"] = gap + log_ratio
-    if "student_p" in merged:
-        mean = merged["student_p"] / merged["sum_p"]
-        values["cross_entropy_to_target"] = (max_s - mean) + log_sum_s
-    if "max_z" in merged:
-        log_ratio = (max_s - merged["max_z"]) + (log_sum_s - merged["sum_z"].log())
-        values["kl"] = merged["gap_z"] / merged["sum_z"] + log_ratio
-    elif _is_teacher(t):
-        values["kl"] = values["objective"]
     return values
 
 
-def _total(values: dict[str, Tensor], t: Interpolation, ce_weight: float) -> Tensor:
+def _total(values: Columns, form: Form, request: Request) -> Tensor:
     """The weighted sum of objective and cross-entropy [*]."""
-    if t is None or ce_weight == 0.0:
+    weight = request.ce_weight
+    if weight == 0.0 or _is_cross_entropy(form):
         return values["objective"]
-    return (1.0 - ce_weight) * values["objective"] + ce_weight * values["cross_entropy"]
+    return (1.0 - weight) * values["objective"] + weight * values["cross_entropy"]
+
+
+def _is_cross_entropy(form: Form) -> bool:
+    return isinstance(form, Interpolated) and form.t is None
+
+
+def _upstream(grad_loss: Tensor, form: Form, request: Request) -> tuple[Tensor, Tensor]:
+    """The gradient [*] that reaches the objective, and the one that reaches the cross-entropy."""
+    weight = 1.0 if _is_cross_entropy(form) else request.ce_weight
+    surprise = grad_loss * weight
+    if request.labels is not None:
+        surprise.masked_fill_(request.labels < 0, 0.0)
+    return grad_loss * (1.0 - weight), surprise
 
 
 def _refuse_lost_labels(labels: Tensor, label_logits: Tensor) -> None:
@@ -342,152 +173,153 @@ def _refuse_lost_labels(labels: Tensor, label_logits: Tensor) -> None:
         )
 
 
-# ---- backward ------------------------------------------------------------------------------------
+def _refuse_non_finite(merged: list[Columns]) -> None:
+    """Raise where a softmax has no value; all ranks hold the same sums and do so alike."""
+    for model, name in (("student", "sum_s"), ("teacher", "sum_p"), ("teacher", "sum_z")):
+        for part in merged:
+            if name in part and not (finite := part[name].isfinite()).all():
+                bad = (~finite).nonzero()
+                raise ValueError(
+                    f"{model} logits are NaN or +inf in {len(bad)} of {finite.numel()} tokens, the "
+                    f"first at index {tuple(bad[0].tolist())}"
+                )
 
 
-def _coefficients(
-    grad_loss: Tensor, normalisers: Tensor, t: Interpolation, request: Request
-) -> Tensor:
-    """Per token: max_s, scale of e^(s - max_s), addend at the label[, max_p, scale of the target].
-
-    [*], [2 or 4, *] -> [*, 3 or 5].
-    """
-    weight = 1.0 if t is None else request.ce_weight
-    surprise = grad_loss * weight
-    if request.labels is not None:
-        surprise.masked_fill_(request.labels < 0, 0.0)
-    divergence = grad_loss * (1.0 - weight)
-    columns = [normalisers[0], (divergence + surprise) / normalisers[1], -surprise]
-    if t is not None:
-        columns += [normalisers[2], divergence / normalisers[3]]
-    return torch.stack(columns, -1)
+# ---- this rank's columns -------------------------------------------------------------------------
 
 
-def _gradient(
-    student: Tensor,
-    teacher: Tensor | None,
-    coefficients: Tensor,
-    t: Interpolation,
-    request: Request,
-) -> Tensor:
-    """Gradient of the loss in the student's logits [*, V]: their own storage if inplace."""
-    width = student.shape[-1] - request.padding
-    grad = student.detach() if request.inplace else torch.empty_like(student)
-    grad[..., width:].zero_()
-    tensors = (
-        student[..., :width],
-        (student if teacher is None else teacher)[..., :width],
-        grad[..., :width],
-        _local_labels(student, request),
-        coefficients,
-    )
-    mixes_labels = request.labels is not None and (t is None or request.ce_weight > 0)
-    dtype = coefficients.dtype
-    for (s, z, out, index, rows), scratch in _chunks(tensors, dtype, request.chunk_tokens):
-        result = out if out.dtype == dtype else scratch[2]
-        _chunk_gradient(s, z, t, rows, scratch, out=result)
-        if mixes_labels:
-            result.scatter_add_(1, index.clamp(min=0), rows[:, 2:3].masked_fill(index < 0, 0.0))
-        if result is not out:
-            out.copy_(result)
-    return grad
+@dataclass(frozen=True)
+class _Shard:
+    """One rank's logits and the walks over them."""
+
+    student: Tensor
+    teacher: Tensor | None
+    request: Request
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return compute_dtype(self.student, self.teacher)
+
+    def _logits(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Student, teacher (or anything of its shape) and label columns, padding cut off."""
+        width = self.student.shape[-1] - self.request.padding
+        teacher = self.student if self.teacher is None else self.teacher
+        return (
+            self.student[..., :width],
+            teacher[..., :width],
+            local_labels(self.student, self.request),
+        )
+
+    def statistics(self, form: Form) -> Columns:
+        """The statistics of the form's first collective, of this rank's columns alone. [*]."""
+        names = form.names(self.request)
+        packed = empty_statistics(names, self.student, self._dtype)
+        tensors = (*self._logits(), packed.movedim(0, -1))
+        for (s, z, index, rows), buffers in chunks(
+            tensors, self._dtype, self.request.chunk_tokens, form.num_buffers
+        ):
+            columns = dict(zip(names, rows.unbind(-1), strict=True))
+            form.fill(Chunk(s, z, index, buffers), columns)
+        return dict(zip(names, packed.unbind(), strict=True))
+
+    def fill(
+        self, form: Form, fill: FillWide, numbers: Sequence[Tensor], outs: Sequence[Tensor]
+    ) -> None:
+        """A further pass: `fill` writes into `outs` [*, width]."""
+        tensors = (*self._logits(), torch.stack(list(numbers), -1), *outs)
+        for (s, z, index, rows, *parts), buffers in chunks(
+            tensors, self._dtype, self.request.chunk_tokens, form.num_buffers
+        ):
+            fill(Chunk(s, z, index, buffers), rows, parts)
+
+    def gradient(
+        self, forms: list[Form], merged: list[Columns], divergence: Tensor, surprise: Tensor
+    ) -> Tensor:
+        """Gradient of the loss in the student's logits [*, V]: their own storage if inplace."""
+        request, student = self.request, self.student
+        width = student.shape[-1] - request.padding
+        grad = student.detach() if request.inplace else torch.empty_like(student)
+        grad[..., width:].zero_()
+        numbers = _all_coefficients(forms, merged, divergence, surprise)
+        spans = _spans(numbers)
+        flat = [number for part in numbers for number in part]
+        rows = torch.stack([*flat, -surprise], -1)
+        mixes_labels = request.labels is not None and (
+            _is_cross_entropy(forms[0]) or request.ce_weight > 0
+        )
+        extra = 1 if len(forms) > 1 else 0
+        num_buffers = max(form.num_buffers for form in forms) + extra
+        tensors = (*self._logits(), grad[..., :width], rows)
+        for (s, z, index, out, row), buffers in chunks(
+            tensors, rows.dtype, request.chunk_tokens, num_buffers
+        ):
+            # `out` may be the storage of `s`: with two forms it is written when both are done
+            straight = out.dtype == rows.dtype and not extra
+            result = out if straight else buffers[2]
+            chunk = Chunk(s, z, index, buffers[: num_buffers - extra])
+            forms[0].gradient(chunk, row[:, spans[0]], result)
+            for form, span in zip(forms[1:], spans[1:], strict=True):
+                total = buffers[-1].copy_(result)
+                form.gradient(chunk, row[:, span], result)
+                result.add_(total)
+            if mixes_labels:
+                addend = row[:, -1:].masked_fill(index < 0, 0.0)
+                result.scatter_add_(1, index.clamp(min=0), addend)
+            if result is not out:
+                out.copy_(result)
+        return grad
 
 
-def _chunk_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    t: Interpolation,
-    rows: Tensor,
-    scratch: tuple[Tensor, ...],
-    *,
-    out: Tensor,
-) -> None:
-    """out = scaled q - scaled p of one chunk, without the label's addend. [T, V]; rows [T, 3 or 5].
-
-    `out` may share the student's storage.
-    """
-    s, z, work = scratch
-    max_s, scale_s = rows[:, 0:1], rows[:, 1:2]
-    _load(student, s)
-    if t is None:
-        torch.mul(_exp_of_difference(s, max_s, out=s), scale_s, out=out)
-        return
-    _load(teacher, z)
-    p = _exp_of_difference(_target(s, z, t, work), rows[:, 3:4], out=work).mul_(rows[:, 4:5])
-    q = _exp_of_difference(s, max_s, out=s).mul_(scale_s)
-    # Not one addcmul: its fused rounding would leave a residue where q and p are equal.
-    torch.sub(q, p, out=out)
+def _all_coefficients(
+    forms: list[Form], merged: list[Columns], divergence: Tensor, surprise: Tensor
+) -> list[list[Tensor]]:
+    """Of each form; the last one is plain, or nobody wants the cross-entropy."""
+    nothing = torch.zeros_like(surprise)
+    first = surprise if forms[0].plain else nothing
+    numbers = [forms[0].coefficients(merged[0], divergence, first)]
+    for form, part in zip(forms[1:], merged[1:], strict=True):
+        numbers.append(form.coefficients(part, nothing, surprise))
+    return numbers
 
 
-# ---- shared --------------------------------------------------------------------------------------
+def _spans(numbers: list[list[Tensor]]) -> list[slice]:
+    ends = [0]
+    for part in numbers:
+        ends.append(ends[-1] + len(part))
+    return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
 
 
-def _chunks(
-    tensors: Sequence[Tensor], dtype: torch.dtype, chunk_tokens: int | None
-) -> Iterator[tuple[list[Tensor], tuple[Tensor, ...]]]:
-    """Walk over the tokens of [*, width of its own] tensors: their [T, ...] views, three buffers.
+@dataclass(frozen=True)
+class _Walk:
+    """Further passes and collectives for a form."""
 
-    The first tensor's last axis gives the buffers' width V. Buffers are [T, V], reused by the next
-    chunk.
-    """
-    first = tensors[0]
-    if first.numel() == 0:
-        return
-    width = first.shape[-1]
-    tokens = first.numel() // width
-    if chunk_tokens is None:
-        budget = _CHUNK_BYTES.get(first.device.type, _CHUNK_BYTES_ELSEWHERE)
-        chunk_tokens = max(1, budget // (width * dtype.itemsize))
-    buffers = torch.empty(3, min(tokens, chunk_tokens), width, dtype=dtype, device=first.device)
-    for rows in _rows(tensors):
-        for start in range(0, rows[0].shape[0], chunk_tokens):
-            chunk = [x[start : start + chunk_tokens] for x in rows]
-            yield chunk, buffers[:, : chunk[0].shape[0]].unbind()
+    shard: _Shard
+    form: Form
 
+    @property
+    def first_id(self) -> int:
+        return self.shard.request.first_id(self.shard.student.shape[-1])
 
-def _rows(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Views [T, ...] that together cover [*, ...] tensors, whatever their strides; never a copy."""
-    leading = tensors[0].shape[:-1]
-    try:
-        flat = [x.view(leading.numel(), x.shape[-1]) for x in tensors]
-    except RuntimeError:
-        # The leading axes of some tensor do not merge into one (a transposed view).
-        axis = min(range(len(leading)), key=leading.__getitem__)
-        for parts in zip(*(x.unbind(axis) for x in tensors), strict=True):
-            yield from _rows(parts)
-    else:
-        yield flat
+    def sums(self, names: Sequence[str], fill: Fill, numbers: Sequence[Tensor]) -> Columns:
+        packed = torch.stack([torch.zeros_like(numbers[0]) for _ in names], -1)
 
+        def fill_columns(chunk: Chunk, rows: Tensor, outs: Sequence[Tensor]) -> None:
+            fill(chunk, rows, dict(zip(names, outs[0].unbind(-1), strict=True)))
 
-def _load(source: Tensor, out: Tensor) -> None:
-    """Copy logits into a buffer of the computing type, -inf made finite."""
-    if source.dtype == out.dtype:
-        torch.clamp_min(source, _FLOOR, out=out)
-    else:
-        out.copy_(source).clamp_min_(_FLOOR)
+        self.shard.fill(self.form, fill_columns, numbers, [packed])
+        return join([dict(zip(names, packed.unbind(-1), strict=True))], self.shard.request)[0]
 
+    def local(
+        self, widths: Sequence[int], fill: FillWide, numbers: Sequence[Tensor]
+    ) -> list[Tensor]:
+        outs = [numbers[0].new_zeros(*numbers[0].shape, width) for width in widths]
+        self.shard.fill(self.form, fill, numbers, outs)
+        return outs
 
-def _target(s: Tensor, z: Tensor, t: float | Tensor, work: Tensor) -> Tensor:
-    """The target's logits (1 - t) s + t z: in `work`, or z itself at t = 1."""
-    return z if _is_teacher(t) else torch.lerp(s, z, t, out=work)
-
-
-def _is_teacher(t: Interpolation) -> bool:
-    """Whether the target is known, without a look at the device, to be the teacher itself."""
-    return isinstance(t, float) and t == 1.0
-
-
-def _local_labels(student: Tensor, request: Request) -> Tensor:
-    """Column of each token's label in this shard, -1 where another rank has it. [*, 1], int64."""
-    if request.labels is None:
-        return torch.full((*student.shape[:-1], 1), -1, device=student.device)
-    width = student.shape[-1]
-    local = request.labels.long() - request.first_id(width)
-    here = (local >= 0) & (local < width - request.padding)
-    return torch.where(here, local, -1).unsqueeze(-1)
-
-
-def _compute_dtype(student: Tensor, teacher: Tensor | None) -> torch.dtype:
-    """float64 if an input is, else float32."""
-    kinds = {student.dtype} if teacher is None else {student.dtype, teacher.dtype}
-    return torch.float64 if torch.float64 in kinds else torch.float32
+    def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        request, own = self.shard.request, torch.cat(list(parts), -1)
+        everyone = own.unsqueeze(0)
+        if request.num_ranks > 1:
+            everyone = own.new_empty(request.num_ranks, *own.shape)
+            dist.all_gather_into_tensor(everyone.view(-1), own.view(-1), group=request.group)
+        return list(everyone.split([part.shape[-1] for part in parts], -1))

@@ -66,12 +66,13 @@ class _Rotate(torch.autograd.Function):
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     sizes = [half, half, x.shape[-1] - 2 * half]
-    first, second, rest = x.split(sizes, -1)
+    first, second, rest = x.split_with_sizes(sizes, -1)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out_first, out_second, out_rest = out.split(sizes, -1)
+    out_first, out_second, out_rest = out.split_with_sizes(sizes, -1)
     torch.mul(first, cos, out=out_first).sub_(second * sin)
     torch.mul(second, cos, out=out_second).add_(first * sin)
-    out_rest.copy_(rest)
+    if sizes[2]:
+        out_rest.copy_(rest)
     return out
 
 

@@ -1,11 +1,12 @@
 """megatron-core without CUDA: its tensors on the CPU, its collectives over gloo.
 
 megatron-core names the device "cuda" in its factory calls and asks torch.cuda for the current
-device and random state. One TorchFunctionMode redirects the factories; the functions of torch.cuda
-that a CPU build cannot answer are replaced; gloo's scatter, which silently sends the wrong bytes of
-a non-contiguous chunk, gets contiguous ones. One thing is for speed alone: freed memory is kept for
-the next tensor. Nothing of megatron-core itself is rewritten, nothing else in this package knows of
-this module, and where CUDA is present it does nothing.
+device and random state. torch's factories are wrapped to make such tensors on the CPU (a
+TorchFunctionMode would do it too, but sees every call: a quarter of a small model's step); the
+functions of torch.cuda that a CPU build cannot answer are replaced; gloo's scatter, which silently
+sends the wrong bytes of a non-contiguous chunk, gets contiguous ones. One thing is for speed alone:
+freed memory is kept for the next tensor. Nothing of megatron-core itself is rewritten, nothing else
+in this package knows of this module, and where CUDA is present it does nothing.
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
-_mode: TorchFunctionMode | None = None
+# Those that megatron-core gives a device, and their likes. One left out fails loudly.
+_FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like",
+    "linspace", "ones", "ones_like", "rand", "rand_like", "randint", "randn", "randn_like",
+    "randperm", "tensor", "zeros", "zeros_like",
+)  # fmt: skip
+_installed = False
 
 
 def prepare_import() -> None:
@@ -47,14 +54,14 @@ def install() -> bool:
     """Make megatron-core run on this machine's CPU; True where that was needed.
 
     Call it before the first import of megatron.core. Calling it again does nothing. Acts on the
-    calling thread (torch's function modes are per thread), the one that runs the model.
+    whole process.
     """
-    global _mode
+    global _installed
     if torch.cuda.is_available():
         return False
-    if _mode is None:
-        _mode = _CudaMeansCpu()
-        _mode.__enter__()
+    if not _installed:
+        _installed = True
+        _make_tensors_on_cpu()
         _replace_torch_cuda()
         _replace_megatron_rng()
         _contiguous_scatter()
@@ -68,22 +75,39 @@ def _names_cuda(device: object) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Every tensor that asks for a CUDA device is made on the CPU."""
+def _make_tensors_on_cpu() -> None:
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    to, type_name = torch.Tensor.to, torch.Tensor.type
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # megatron-core's optimizers sort parameters by the name 'torch.cuda.FloatTensor'
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], CPU, *args[2:])
-        if kwargs and _names_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": CPU}
-        return func(*args, **(kwargs or {}))
+    @functools.wraps(to)
+    def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _names_cuda(args[0]):
+            args = (CPU, *args[1:])
+        return to(self, *args, **_device_on_cpu(kwargs))
+
+    @functools.wraps(type_name)
+    def cuda_type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # megatron-core's optimizers sort parameters by the name 'torch.cuda.FloatTensor'
+        if args or kwargs:
+            return type_name(self, *args, **kwargs)
+        return type_name(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.to = to_cpu  # type: ignore[assignment]
+    torch.Tensor.type = cuda_type_name  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return factory(*args, **_device_on_cpu(kwargs))
+
+    return make
+
+
+def _device_on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**kwargs, "device": CPU} if _names_cuda(kwargs.get("device")) else kwargs
 
 
 def _replace_torch_cuda() -> None:

@@ -13,7 +13,7 @@ LABELS = torch.zeros(2, 3, dtype=torch.int64)
 VALID = {"name": "taid", "student_logits": STUDENT, "teacher_logits": TEACHER, "t": 0.5}
 
 WRONG = {
-    "unknown loss": ({"name": "tiad"}, "'tiad'; there are: taid, forward_kl, cross_entropy"),
+    "unknown loss": ({"name": "tiad"}, "'tiad'; there are: taid, forward_kl, "),
     "unknown kernel": ({"kernel": "cuda"}, "'cuda'; there are: auto, torch"),
     "unknown option": ({"lam": 0.1}, "'taid' has no option lam; its options: t"),
     "option of another": ({"name": "forward_kl"}, "'forward_kl' has no option t; its options: no"),

@@ -5,6 +5,8 @@ import torch
 from torch.autograd import gradcheck
 
 from taid_megatron.losses import distillation_loss, reference, vocab_parallel
+from taid_megatron.losses.forms import Interpolated
+from taid_megatron.losses.shards import Request
 
 SCALE = 5.0
 
@@ -327,7 +329,7 @@ def test_t_on_an_accelerator_is_used_as_it_was_at_the_call():
     expected = value_and_grad("taid", student, teacher, torch.ones(3), t=0.375)
     student.requires_grad_()
     t = torch.tensor(0.375)
-    loss, _ = vocab_parallel.taid(student, teacher, vocab_parallel.Request(), t=t)
+    loss, _ = vocab_parallel.run(Interpolated(t), student, teacher, Request())
     t.fill_(0.9)
     loss.sum().backward()
     torch.testing.assert_close(loss.detach(), expected[0])
