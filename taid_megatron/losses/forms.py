@@ -336,7 +336,7 @@ class Tempered(Form):
         torch.sum(s.mul_(work), -1, out=columns["level_s"])
 
     def values(self, merged: Columns, request: Request) -> Columns:
-        temperature = self.temperature
+        temperature = self.temperature.to(merged["sum_s"].dtype)
         gap = merged["gap_p"] / merged["sum_p"]
         level_p = merged["level_p"] / merged["sum_p"]
         level_s = merged["level_s"] / merged["sum_s"]
@@ -358,7 +358,7 @@ class Tempered(Form):
         return ("max_s", "sum_s", "max_p", "sum_p", "slope")
 
     def coefficients(self, merged: Columns, divergence: Tensor, surprise: Tensor) -> list[Tensor]:
-        scale = divergence * self.temperature
+        scale = divergence * self.temperature.to(divergence.dtype)
         return [merged["max_s"], scale / merged["sum_s"], merged["max_p"], scale / merged["sum_p"]]
 
     def gradient(self, chunk: Chunk, rows: Tensor, out: Tensor) -> None:

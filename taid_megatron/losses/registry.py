@@ -14,10 +14,10 @@ from torch import Tensor
 from taid_megatron.losses import reference, vocab_parallel
 from taid_megatron.losses.adaptive import Adaptive
 from taid_megatron.losses.forms import Decoupled, Form, Interpolated, Reverse, Tempered
+from taid_megatron.losses.kernels import KERNELS, choose
 from taid_megatron.losses.mixtures import Mixture
 from taid_megatron.losses.shards import STATS, Collective, Request
 
-KERNELS = ("auto", "torch")
 COLLECTIVES = ("gather", "all_reduce")
 VARIANTS = ("paper", "official")
 
@@ -280,7 +280,8 @@ def distillation_loss(
         check_finite=check_finite,
     )
     _check_request(request, student_logits)
-    value, values = vocab_parallel.run(form, student_logits, teacher_logits, request)
+    chosen = choose(kernel, form, student_logits, teacher_logits)
+    value, values = vocab_parallel.run(form, student_logits, teacher_logits, request, chosen)
     return value if return_stats is False else (value, values)
 
 

@@ -16,8 +16,9 @@ Shapes: [*] tokens, [*, V] this rank's columns; see shards.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from taid_megatron.losses.forms import Fill, FillWide, Form, Interpolated
+from taid_megatron.losses.kernels import Kernel
 from taid_megatron.losses.shards import (
     Chunk,
     Columns,
@@ -35,16 +37,21 @@ from taid_megatron.losses.shards import (
     empty_statistics,
     join,
     local_labels,
+    rows,
 )
 
 
 def run(
-    form: Form, student: Tensor, teacher: Tensor | None, request: Request
+    form: Form,
+    student: Tensor,
+    teacher: Tensor | None,
+    request: Request,
+    kernel: Kernel | None = None,
 ) -> tuple[Tensor, Columns]:
     """Loss per token and the asked statistics. [*, V] x 2 -> [*], nats, fp32 (float64 if given)."""
     # Detached here, the teacher can neither ask for a gradient nor make the loss ask for one.
     teacher = None if teacher is None else teacher.detach()
-    loss, *stats = _Divergence.apply(student, teacher, form.parameter, form, request)
+    loss, *stats = _Divergence.apply(student, teacher, form.parameter, form, request, kernel)
     return loss, dict(zip(request.stats, stats, strict=True))
 
 
@@ -62,8 +69,9 @@ class _Divergence(torch.autograd.Function):
         parameter: Tensor | None,
         form: Form,
         request: Request,
+        kernel: Kernel | None,
     ) -> tuple[Tensor, ...]:
-        shard = _Shard(student, teacher, request)
+        shard = _Shard(student, teacher, request, kernel)
         forms = _forms(form, request)
         merged = join([shard.statistics(part) for part in forms], request)
         if request.check_finite:
@@ -82,14 +90,14 @@ class _Divergence(torch.autograd.Function):
                 for name in each.saved()
             ]
             ctx.save_for_backward(student, teacher, torch.stack(kept), request.labels)
-            ctx.forms, ctx.request, ctx.overwritten = forms, request, False
+            ctx.forms, ctx.request, ctx.kernel, ctx.overwritten = forms, request, kernel, False
         return loss, *stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_stats: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         if ctx.overwritten:
             raise RuntimeError(
                 "distillation_loss(inplace=True): the first backward has overwritten the student "
@@ -108,9 +116,9 @@ class _Divergence(torch.autograd.Function):
         grad = None
         if ctx.needs_input_grad[0]:
             ctx.overwritten = request.inplace
-            shard = _Shard(student, teacher, request)
+            shard = _Shard(student, teacher, request, ctx.kernel)
             grad = shard.gradient(ctx.forms, merged, divergence, surprise)
-        return grad, None, grad_parameter, None, None
+        return grad, None, grad_parameter, None, None, None
 
 
 def _forms(form: Form, request: Request) -> list[Form]:
@@ -195,6 +203,7 @@ class _Shard:
     student: Tensor
     teacher: Tensor | None
     request: Request
+    kernel: Kernel | None
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -210,27 +219,60 @@ class _Shard:
             local_labels(self.student, self.request),
         )
 
+    def _fused(self, form: Form) -> Kernel | None:
+        """The kernel, where it can do this form."""
+        if self.kernel is None or self.kernel.refusal(form, self.student, self.teacher):
+            return None
+        return self.kernel
+
+    def _pieces(
+        self, tensors: Sequence[Tensor], num_buffers: int, fused: object
+    ) -> Iterator[tuple[list[Tensor], tuple[Tensor, ...]]]:
+        """Chunks and buffers for torch's operations, all tokens and no buffers for a kernel."""
+        if fused is None:
+            yield from chunks(tensors, self._dtype, self.request.chunk_tokens, num_buffers)
+        elif tensors[0].numel() > 0:
+            for views in rows(tensors):
+                yield views, ()
+
     def statistics(self, form: Form) -> Columns:
         """The statistics of the form's first collective, of this rank's columns alone. [*]."""
         names = form.names(self.request)
         packed = empty_statistics(names, self.student, self._dtype)
+        kernel = self._fused(form)
+        fill = form.fill if kernel is None else partial(kernel.fill, form)
         tensors = (*self._logits(), packed.movedim(0, -1))
-        for (s, z, index, rows), buffers in chunks(
-            tensors, self._dtype, self.request.chunk_tokens, form.num_buffers
-        ):
-            columns = dict(zip(names, rows.unbind(-1), strict=True))
-            form.fill(Chunk(s, z, index, buffers), columns)
+        for (s, z, index, row), buffers in self._pieces(tensors, form.num_buffers, kernel):
+            fill(Chunk(s, z, index, buffers), dict(zip(names, row.unbind(-1), strict=True)))
+        return dict(zip(names, packed.unbind(), strict=True))
+
+    def sums(
+        self, form: Form, names: Sequence[str], fill: Fill, numbers: Sequence[Tensor]
+    ) -> Columns:
+        """Statistics of a further pass, of this rank's columns alone. [*]."""
+        packed = torch.stack([torch.zeros_like(numbers[0]) for _ in names])
+        kernel = self._fused(form)
+        if kernel is not None:
+            fill = partial(kernel.fill_sums, form)
+
+        def fill_columns(chunk: Chunk, row: Tensor, outs: Sequence[Tensor]) -> None:
+            fill(chunk, row, dict(zip(names, outs[0].unbind(-1), strict=True)))
+
+        self.fill(form, fill_columns, numbers, [packed.movedim(0, -1)], kernel)
         return dict(zip(names, packed.unbind(), strict=True))
 
     def fill(
-        self, form: Form, fill: FillWide, numbers: Sequence[Tensor], outs: Sequence[Tensor]
+        self,
+        form: Form,
+        fill: FillWide,
+        numbers: Sequence[Tensor],
+        outs: Sequence[Tensor],
+        kernel: Kernel | None = None,
     ) -> None:
         """A further pass: `fill` writes into `outs` [*, width]."""
         tensors = (*self._logits(), torch.stack(list(numbers), -1), *outs)
-        for (s, z, index, rows, *parts), buffers in chunks(
-            tensors, self._dtype, self.request.chunk_tokens, form.num_buffers
-        ):
-            fill(Chunk(s, z, index, buffers), rows, parts)
+        for (s, z, index, row, *parts), buffers in self._pieces(tensors, form.num_buffers, kernel):
+            fill(Chunk(s, z, index, buffers), row, parts)
 
     def gradient(
         self, forms: list[Form], merged: list[Columns], divergence: Tensor, surprise: Tensor
@@ -241,33 +283,52 @@ class _Shard:
         grad = student.detach() if request.inplace else torch.empty_like(student)
         grad[..., width:].zero_()
         numbers = _all_coefficients(forms, merged, divergence, surprise)
-        spans = _spans(numbers)
-        flat = [number for part in numbers for number in part]
-        rows = torch.stack([*flat, -surprise], -1)
+        numbers_of_all = torch.stack(
+            [*(number for part in numbers for number in part), -surprise], -1
+        )
         mixes_labels = request.labels is not None and (
             _is_cross_entropy(forms[0]) or request.ce_weight > 0
         )
-        extra = 1 if len(forms) > 1 else 0
-        num_buffers = max(form.num_buffers for form in forms) + extra
-        tensors = (*self._logits(), grad[..., :width], rows)
-        for (s, z, index, out, row), buffers in chunks(
-            tensors, rows.dtype, request.chunk_tokens, num_buffers
-        ):
-            # `out` may be the storage of `s`: with two forms it is written when both are done
-            straight = out.dtype == rows.dtype and not extra
-            result = out if straight else buffers[2]
-            chunk = Chunk(s, z, index, buffers[: num_buffers - extra])
-            forms[0].gradient(chunk, row[:, spans[0]], result)
-            for form, span in zip(forms[1:], spans[1:], strict=True):
-                total = buffers[-1].copy_(result)
-                form.gradient(chunk, row[:, span], result)
-                result.add_(total)
-            if mixes_labels:
-                addend = row[:, -1:].masked_fill(index < 0, 0.0)
-                result.scatter_add_(1, index.clamp(min=0), addend)
-            if result is not out:
-                out.copy_(result)
+        kernel = self._fused(forms[0]) if len(forms) == 1 else None
+        # The sum of two forms needs a buffer of its own.
+        num_buffers = max(form.num_buffers for form in forms) + len(forms) - 1
+        tensors = (*self._logits(), grad[..., :width], numbers_of_all)
+        for (s, z, index, out, row), buffers in self._pieces(tensors, num_buffers, kernel):
+            chunk, addend = Chunk(s, z, index, buffers), row[:, -1] if mixes_labels else None
+            if kernel is not None:
+                kernel.gradient(forms[0], chunk, row, addend, out)
+            else:
+                _chunk_gradient(forms, chunk, row.split(_widths(numbers), -1), addend, out)
         return grad
+
+
+def _widths(numbers: list[list[Tensor]]) -> list[int]:
+    """Columns of each form, and the addend's."""
+    return [*(len(part) for part in numbers), 1]
+
+
+def _chunk_gradient(
+    forms: list[Form], chunk: Chunk, rows: Sequence[Tensor], addend: Tensor | None, out: Tensor
+) -> None:
+    """The sum of the forms' gradients, and the addend in the label's column, into `out` [T, V]."""
+    buffers = chunk.buffers
+    # `out` may be the storage that a second form still has to read
+    result = out if out.dtype == rows[0].dtype and len(forms) == 1 else buffers[2]
+    forms[0].gradient(_with(chunk, forms[0]), rows[0], result)
+    for form, row in zip(forms[1:], rows[1:], strict=False):
+        total = buffers[-1].copy_(result)
+        form.gradient(_with(chunk, form), row, result)
+        result.add_(total)
+    if addend is not None:
+        value = addend.unsqueeze(-1).masked_fill(chunk.index < 0, 0.0)
+        result.scatter_add_(1, chunk.index.clamp(min=0), value)
+    if result is not out:
+        out.copy_(result)
+
+
+def _with(chunk: Chunk, form: Form) -> Chunk:
+    """The chunk with as many buffers as the form asks for."""
+    return replace(chunk, buffers=chunk.buffers[: form.num_buffers])
 
 
 def _all_coefficients(
@@ -282,13 +343,6 @@ def _all_coefficients(
     return numbers
 
 
-def _spans(numbers: list[list[Tensor]]) -> list[slice]:
-    ends = [0]
-    for part in numbers:
-        ends.append(ends[-1] + len(part))
-    return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
-
-
 @dataclass(frozen=True)
 class _Walk:
     """Further passes and collectives for a form."""
@@ -301,13 +355,8 @@ class _Walk:
         return self.shard.request.first_id(self.shard.student.shape[-1])
 
     def sums(self, names: Sequence[str], fill: Fill, numbers: Sequence[Tensor]) -> Columns:
-        packed = torch.stack([torch.zeros_like(numbers[0]) for _ in names], -1)
-
-        def fill_columns(chunk: Chunk, rows: Tensor, outs: Sequence[Tensor]) -> None:
-            fill(chunk, rows, dict(zip(names, outs[0].unbind(-1), strict=True)))
-
-        self.shard.fill(self.form, fill_columns, numbers, [packed])
-        return join([dict(zip(names, packed.unbind(-1), strict=True))], self.shard.request)[0]
+        own = self.shard.sums(self.form, names, fill, numbers)
+        return join([own], self.shard.request)[0]
 
     def local(
         self, widths: Sequence[int], fill: FillWide, numbers: Sequence[Tensor]

@@ -10,6 +10,8 @@ from taid_megatron.losses.registry import LOSSES
 from tests.unit.losses.divergences import CASES, assert_accurate, exact
 
 SCALE = 5.0
+# 'auto' is the native kernel for those it has, in fp32 and bf16
+KERNELS = ("torch", "auto")
 
 
 def make(*shape, seed=0, scale=SCALE, dtype=torch.float32):
@@ -37,11 +39,12 @@ def test_every_loss_has_a_case():
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.25])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_value_and_gradient_within_the_promised_error(case, ce_weight):
+def test_value_and_gradient_within_the_promised_error(kernel, case, ce_weight):
     for shape in ((37, 101), (3, 5, 1009)):
         inputs = make(*shape)
-        found = run(case, *inputs, ce_weight)
+        found = run(case, *inputs, ce_weight, kernel=kernel)
         assert_accurate(case, *found, *exact(case, *inputs, ce_weight))
 
 
@@ -63,13 +66,15 @@ def test_float64_in_chunks_is_exact(case):
             torch.testing.assert_close(grad, expected[1], atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_bf16_is_computed_in_fp32_and_inplace_takes_the_storage(case):
+def test_bf16_is_computed_in_fp32_and_inplace_takes_the_storage(kernel, case):
     student, teacher, labels, upstream = make(13, 999, dtype=torch.bfloat16)
     wide = (student.float(), teacher.float(), labels, upstream)
-    expected = run(case, *wide, 0.25)
+    expected = run(case, *wide, 0.25, kernel=kernel)
     for inplace in (False, True):
-        loss, grad = run(case, student, teacher, labels, upstream, 0.25, inplace=inplace)
+        arguments = {"inplace": inplace, "kernel": kernel}
+        loss, grad = run(case, student, teacher, labels, upstream, 0.25, **arguments)
         torch.testing.assert_close(loss, expected[0], atol=1e-5, rtol=0)
         assert torch.equal(grad, expected[1].bfloat16())
     leaf = student.clone().requires_grad_()
@@ -79,31 +84,34 @@ def test_bf16_is_computed_in_fp32_and_inplace_takes_the_storage(case):
     assert leaf.grad.data_ptr() == leaf.data_ptr()
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_logits_of_scale_30(case):
+def test_logits_of_scale_30(kernel, case):
     """Masses underflow in fp32 all over the row."""
     inputs = make(64, 211, scale=30.0)
-    loss, grad = run(case, *inputs)
+    loss, grad = run(case, *inputs, kernel=kernel)
     expected_loss, expected_grad = exact(case, *inputs, 0.0)
     torch.testing.assert_close(loss.double(), expected_loss, atol=3e-5, rtol=3e-6)
     torch.testing.assert_close(grad.double(), expected_grad, atol=3e-5 * case.error, rtol=3e-5)
 
 
 @pytest.mark.parametrize("filling", [-torch.inf, 50.0, torch.nan], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_padding_has_no_mass_and_no_gradient(case, filling):
+def test_padding_has_no_mass_and_no_gradient(kernel, case, filling):
     """Declared padding, whatever it holds; -inf columns need no declaration."""
     student, teacher, labels, upstream = make(8, 61)
     wide = [torch.cat([x, torch.full((8, 6), filling)], -1) for x in (student, teacher)]
     expected = exact(case, student, teacher, labels, upstream, 0.25)
     for padding in (6, 0) if filling == -torch.inf else (6,):
-        loss, grad = run(case, *wide, labels, upstream, 0.25, padding=padding)
+        loss, grad = run(case, *wide, labels, upstream, 0.25, padding=padding, kernel=kernel)
         assert_accurate(case, loss, grad[:, :61], *expected)
         assert not grad[:, 61:].any()
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_statistics_of_every_loss(case):
+def test_statistics_of_every_loss(kernel, case):
     student, teacher, labels, _ = make(20, 501)
     s, z = student.double(), teacher.double()
     target = z if case.name != "taid" else (0.6 * s + 0.4 * z)
@@ -116,7 +124,11 @@ def test_statistics_of_every_loss(case):
     if case.name == "cross_entropy":
         expected["cross_entropy_to_target"] = expected["cross_entropy"]
     loss, stats = distillation_loss(
-        case.name, student, teacher, labels=labels, return_stats=True, **case.options
+        *(case.name, student, teacher),
+        labels=labels,
+        return_stats=True,
+        kernel=kernel,
+        **case.options,
     )
     assert set(expected) <= set(stats)
     for name, value in expected.items():
@@ -126,7 +138,11 @@ def test_statistics_of_every_loss(case):
     assert torch.equal(stats["objective"], loss)
     for name in expected:
         _, one = distillation_loss(
-            case.name, student, teacher, labels=labels, return_stats=(name,), **case.options
+            *(case.name, student, teacher),
+            labels=labels,
+            return_stats=(name,),
+            kernel=kernel,
+            **case.options,
         )
         torch.testing.assert_close(one[name], stats[name], atol=1e-6, rtol=1e-6)
 
@@ -145,15 +161,20 @@ def test_no_tokens_and_one_token(case):
 
 @pytest.mark.parametrize("model", ["student", "teacher"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_check_finite_names_the_first_token(case, bad, model):
+def test_check_finite_names_the_first_token(kernel, case, bad, model):
     student, teacher, labels, _ = make(4, 5, 30)
     {"student": student, "teacher": teacher}[model][2, 3, 7] = bad
     if case.name == "cross_entropy" and model == "teacher":
         return  # it does not look at the teacher
     with pytest.raises(ValueError, match=r"logits are NaN or \+inf in 1 of 20 .* \(2, 3\)"):
         distillation_loss(
-            case.name, student, teacher, labels=labels, check_finite=True, **case.options
+            *(case.name, student, teacher),
+            labels=labels,
+            check_finite=True,
+            kernel=kernel,
+            **case.options,
         )
 
 
