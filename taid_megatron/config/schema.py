@@ -129,15 +129,81 @@ class Teacher(Section):
         return self
 
 
-class Loss(Section):
-    """What is minimised, per token."""
+LOSS_OPTIONS: dict[str, tuple[str, ...]] = {
+    "taid": (),
+    "forward_kl": (),
+    "reverse_kl": (),
+    "tvd": (),
+    "gjs": ("beta",),
+    "skew_kl": ("lam",),
+    "skew_reverse_kl": ("lam",),
+    "adaptive_kl": ("mu", "variant"),
+    "dkd": ("alpha", "beta", "temperature"),
+    "ctkd": ("variant", "temperature_start", "temperature_range", "temperature_lr"),
+    "cross_entropy": (),
+}
+"""Fields of the loss section that belong to each loss (taid's own are the section `taid`)."""
 
-    name: Literal["taid", "forward_kl", "cross_entropy"] = "taid"
+
+class Loss(Section):
+    """What is minimised, per token; p is the teacher's distribution, q the student's."""
+
+    name: Literal[
+        "taid",
+        "forward_kl",
+        "reverse_kl",
+        "tvd",
+        "gjs",
+        "skew_kl",
+        "skew_reverse_kl",
+        "adaptive_kl",
+        "dkd",
+        "ctkd",
+        "cross_entropy",
+    ] = "taid"
     """The divergence between teacher and student, or cross-entropy to the labels alone."""
     ce_weight: Fraction = 0.0
     """The loss is (1 - ce_weight) * divergence + ce_weight * cross-entropy to the labels."""
-    kernel: Literal["auto", "torch"] = "auto"
-    """Implementation of the divergence."""
+    kernel: Literal["auto", "native", "torch"] = "auto"
+    """Implementation of the divergence; 'auto' takes the fastest that the machine has."""
+    collective: Literal["gather", "all_reduce"] = "gather"
+    """How tensor-parallel ranks exchange their sums: one all-gather, or two all-reduces, which move
+    less where many ranks share the vocabulary."""
+    beta: Annotated[float, Field(ge=0)] | None = None
+    """gjs: the teacher's share of the mixture, in (0, 1); none: 0.1. dkd: weight of the non-target
+    classes; none: 8."""
+    lam: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """skew_kl, skew_reverse_kl: skew lambda; none: 0.1."""
+    mu: Annotated[float, Field(gt=0, le=1)] | None = None
+    """adaptive_kl: mass of the teacher's head; none: 0.5."""
+    alpha: Annotated[float, Field(ge=0)] | None = None
+    """dkd: weight of the target class; none: 1."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """dkd: temperature of both models; none: 4."""
+    variant: Literal["paper", "official"] | None = None
+    """adaptive_kl, ctkd: 'official' is what the TAID authors' code does; none: 'paper'."""
+    temperature_start: Annotated[float, Field(gt=0)] | None = None
+    """ctkd: the temperature is temperature_start + temperature_range * sigmoid(theta), theta
+    learned; none: 1."""
+    temperature_range: Annotated[float, Field(gt=0)] | None = None
+    """ctkd: see temperature_start; none: 20."""
+    temperature_lr: Annotated[float, Field(gt=0)] | None = None
+    """ctkd: learning rate of theta (Adam); none: the student's, as it is at each step."""
+
+    @model_validator(mode="after")
+    def _options_belong(self) -> Loss:
+        mine = LOSS_OPTIONS[self.name]
+        every = {option for options in LOSS_OPTIONS.values() for option in options}
+        for option in sorted(every - set(mine)):
+            if getattr(self, option) is not None:
+                owners = [name for name, options in LOSS_OPTIONS.items() if option in options]
+                raise ValueError(
+                    f"{option} is not an option of {self.name} but of {', '.join(owners)}: remove "
+                    "it, or set loss.name"
+                )
+        if self.name == "gjs" and self.beta is not None and not 0 < self.beta < 1:
+            raise ValueError(f"beta {self.beta} of gjs is not between 0 and 1")
+        return self
 
 
 class Taid(Section):

@@ -69,12 +69,14 @@ class Form:
         parameter: a tensor besides the student's logits that gets a gradient; the merged statistic
             `slope` [*] is then the objective's derivative in it.
         extra_stats: statistics it can return besides STATS.
+        wide: keep its statistics in float64.
     """
 
     plain = True
     num_buffers = 3
     parameter: Tensor | None = None
     extra_stats: tuple[str, ...] = ()
+    wide = False
 
     def names(self, request: Request) -> tuple[str, ...]:
         """The statistics of the first collective."""
@@ -301,11 +303,13 @@ class Tempered(Form):
 
         dL/dT = 2 T K - dK/du      dK/du = E_q[s] - E_p[s] + u Cov_p(z, x)
 
-    The covariance is exact from moments about the maximum, which rounding does not hurt.
+    The covariance comes from moments about the maximum. T^2 K has a limit for large T, so that its
+    derivative is a small difference of large terms: the sums over the row are taken in float64.
     """
 
     plain = False
     extra_stats = ("temperature_gradient",)
+    wide = True
 
     def __init__(self, temperature: Tensor, variant: str) -> None:
         self.parameter = temperature
@@ -322,18 +326,22 @@ class Tempered(Form):
         u = self.temperature.reciprocal()
         load(chunk.student, s, u)
         load(chunk.teacher, z, u)
-        exponentials(z, columns["max_p"], columns["sum_p"], out=work)
-        torch.sub(z, s, out=s).mul_(work)
-        torch.sum(s, -1, out=columns["gap_p"])
-        z.sub_(columns["max_p"].unsqueeze(-1))
-        torch.sum(s.mul_(z), -1, out=columns["cross_p"])
-        torch.sum(work.mul_(z), -1, out=columns["level_p"])
+        top = z.amax(-1, keepdim=True)
+        exp_of_difference(z, top, out=work)
+        columns["max_p"].copy_(top.squeeze(-1))
+        _wide_sum(work, columns["sum_p"])
+        _wide_sum(torch.sub(z, s, out=s).mul_(work), columns["gap_p"])
+        z.sub_(top)
+        _wide_sum(s.mul_(z), columns["cross_p"])
+        _wide_sum(work.mul_(z), columns["level_p"])
         if "square_p" in columns:
-            torch.sum(work.mul_(z), -1, out=columns["square_p"])
+            _wide_sum(work.mul_(z), columns["square_p"])
         load(chunk.student, s, u)
-        exponentials(s, columns["max_s"], columns["sum_s"], out=work)
-        s.sub_(columns["max_s"].unsqueeze(-1))
-        torch.sum(s.mul_(work), -1, out=columns["level_s"])
+        top = s.amax(-1, keepdim=True)
+        exp_of_difference(s, top, out=work)
+        columns["max_s"].copy_(top.squeeze(-1))
+        _wide_sum(work, columns["sum_s"])
+        _wide_sum(s.sub_(top).mul_(work), columns["level_s"])
 
     def values(self, merged: Columns, request: Request) -> Columns:
         temperature = self.temperature.to(merged["sum_s"].dtype)
@@ -441,6 +449,10 @@ def _target(s: Tensor, z: Tensor, t: float | Tensor, work: Tensor) -> Tensor:
     if is_teacher(t):
         return z
     return torch.lerp(s, z, t.to(s.dtype) if isinstance(t, Tensor) else t, out=work)
+
+
+def _wide_sum(x: Tensor, out: Tensor) -> None:
+    out.copy_(x.sum(-1, dtype=torch.float64))
 
 
 def _overwrite(x: Tensor, index: Tensor, value: float | Tensor) -> None:

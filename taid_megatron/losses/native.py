@@ -63,9 +63,10 @@ class NativeKernel:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         integer, real, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-        logits: list[Any] = [_Logits, _Logits, integer, integer]
+        logits: tuple[Any, ...] = (_Logits, _Logits, integer, integer)
         kind, threads = ctypes.c_int, ctypes.c_int
-        rows, index, label = ([pointer, integer] for _ in range(3))
+        rows: tuple[Any, ...] = (pointer, integer)
+        index = label = rows
         self._fill, self._sums, self._gradient = (
             library.taid_fill,
             library.taid_sums,
@@ -73,7 +74,7 @@ class NativeKernel:
         )
         self._fill.argtypes = [*logits, real, *index, _Columns, threads]
         self._sums.argtypes = [*logits, kind, real, *rows, pointer, pointer, integer, threads]
-        out = [pointer, integer, ctypes.c_int]
+        out = (pointer, integer, ctypes.c_int)
         self._gradient.argtypes = [*logits, kind, real, *rows, *index, *label, *out, threads]
         for function in (self._fill, self._sums, self._gradient):
             function.restype = None

@@ -231,7 +231,7 @@ def join(parts: Sequence[Columns], request: Request) -> list[Columns]:
     if request.num_ranks == 1:
         return [dict(part) for part in parts]
     keys = [(number, name) for number, part in enumerate(parts) for name in part]
-    own = torch.stack([parts[number][name] for number, name in keys])
+    own = _packed(parts, keys)
     if request.collective == "gather":
         everyone = own.new_empty(request.num_ranks, *own.shape)
         dist.all_gather_into_tensor(everyone.view(-1), own.view(-1), group=request.group)
@@ -241,6 +241,13 @@ def join(parts: Sequence[Columns], request: Request) -> list[Columns]:
     sums = [_relative_to(part, top) for part, top in zip(parts, tops, strict=True)]
     sums = _all_reduced(sums, dist.ReduceOp.SUM, request.group)
     return [{**top, **part} for top, part in zip(tops, sums, strict=True)]
+
+
+def _packed(parts: Sequence[Columns], keys: Sequence[tuple[int, str]]) -> Tensor:
+    """[K, *] in the widest type among them."""
+    columns = [parts[number][name] for number, name in keys]
+    wide = any(column.dtype == torch.float64 for column in columns)
+    return torch.stack([column.double() if wide else column for column in columns])
 
 
 def _by_part(
@@ -258,7 +265,7 @@ def _all_reduced(
     keys = [(number, name) for number, part in enumerate(parts) for name in part]
     if not keys:
         return [{} for _ in parts]
-    packed = torch.stack([parts[number][name] for number, name in keys])
+    packed = _packed(parts, keys)
     dist.all_reduce(packed, operation, group=group)
     return _by_part(len(parts), keys, packed.unbind())
 

@@ -77,7 +77,8 @@ class _Divergence(torch.autograd.Function):
         if request.check_finite:
             _refuse_non_finite(merged)
         form.refine(_Walk(shard, form), merged[0])
-        values = _values(forms, merged, request)
+        dtype = compute_dtype(student, teacher)
+        values = {name: x.to(dtype) for name, x in _values(forms, merged, request).items()}
         loss = _total(values, form, request)
         # Clones: autograd wants every output to be a tensor of its own.
         stats = tuple(values[name].clone() for name in request.stats)
@@ -85,7 +86,7 @@ class _Divergence(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if any(ctx.needs_input_grad):
             kept = [
-                part[name]
+                part[name].to(dtype)
                 for each, part in zip(forms, merged, strict=True)
                 for name in each.saved()
             ]
@@ -238,7 +239,7 @@ class _Shard:
     def statistics(self, form: Form) -> Columns:
         """The statistics of the form's first collective, of this rank's columns alone. [*]."""
         names = form.names(self.request)
-        packed = empty_statistics(names, self.student, self._dtype)
+        packed = empty_statistics(names, self.student, torch.float64 if form.wide else self._dtype)
         kernel = self._fused(form)
         fill = form.fill if kernel is None else partial(kernel.fill, form)
         tensors = (*self._logits(), packed.movedim(0, -1))

@@ -168,11 +168,11 @@ class TAIDSchedule:
         """How far the momentum moves t at this update."""
         if not self._adaptive:
             return 0.0
-        step = self._alpha * _sigmoid(self._momentum)
+        step = self._alpha * sigmoid(self._momentum)
         return step * (1.0 - self._t) if self._rule == "official" else step
 
 
-def _sigmoid(x: float) -> float:
+def sigmoid(x: float) -> float:
     """1 / (1 + e^-x) without overflow: the objective can jump by many orders of magnitude."""
     if x >= 0:
         return 1.0 / (1.0 + math.exp(-x))

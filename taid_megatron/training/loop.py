@@ -108,15 +108,20 @@ def _train(
 
 
 def _optimizer_step(trainer: Trainer, batches: DistributedBatches) -> dict[str, Any]:
-    """One update of the student and of t. Returns the step's record, empty on unlogged steps."""
+    """One update of the student, and of t or the temperature.
+
+    Returns the step's record, empty on unlogged steps.
+    """
     config, started = trainer.config, time.perf_counter()
     logged = (trainer.step + 1) % config.logging.every == 0 or trainer.step + 1 == trainer.steps
     t = trainer.schedule.t if trainer.schedule else None
+    temperature = trainer.temperature.value if trainer.temperature else None
     objective = TrainingObjective(
         trainer.world,
         trainer.vocabulary,
         loss=config.loss,
         t=t,
+        temperature=temperature,
         logged=logged,
         with_teacher=trainer.has_teacher,
         rule=config.taid.rule,
@@ -137,12 +142,18 @@ def _optimizer_step(trainer: Trainer, batches: DistributedBatches) -> dict[str, 
     trainer.consumed_samples += batch_size
     if trainer.schedule is not None:
         trainer.schedule.update(means["objective"])
+    if trainer.temperature is not None:
+        share = 1.0 - config.loss.ce_weight
+        lr = get_canonical_lr_for_logging(trainer.optimizer.param_groups)
+        trainer.temperature.update(share * means["temperature_gradient"], lr)
     if not logged:
         return {}
     seconds = time.perf_counter() - started
     record: dict[str, Any] = {"step": trainer.step, **means}
     if t is not None:
         record["t"] = t
+    if temperature is not None:
+        record["temperature"] = temperature
     return record | {
         "lr": get_canonical_lr_for_logging(trainer.optimizer.param_groups),
         "grad_norm": float(grad_norm) if grad_norm is not None else None,
@@ -174,6 +185,7 @@ def _save(trainer: Trainer) -> None:
                 "format": 1,
                 "consumed_samples": trainer.consumed_samples,
                 "taid": trainer.schedule.state_dict() if trainer.schedule else None,
+                "ctkd": trainer.temperature.state_dict() if trainer.temperature else None,
                 "architecture": config.student.architecture.model_dump(mode="json"),
                 "layout": _layout(trainer),
                 "distributed_optimizer": config.parallel.distributed_optimizer,
@@ -215,11 +227,13 @@ def _resume(trainer: Trainer) -> None:
     trainer.step = checkpoint.step
     trainer.consumed_samples = state["consumed_samples"]
     trainer.lr_schedule.step(trainer.step)
-    if trainer.schedule is not None and state["taid"] is not None:
+    for name, schedule in (("taid", trainer.schedule), ("ctkd", trainer.temperature)):
+        if schedule is None:
+            continue
         try:
-            trainer.schedule.load_state_dict(state["taid"])
+            schedule.load_state_dict(state[name])
         except ValueError as error:
-            message = f"taid does not fit {checkpoint.path}: {error}; {_OR_ELSE}"
+            message = f"{name} does not fit {checkpoint.path}: {error}; {_OR_ELSE}"
             raise ConfigError(message) from error
     layout = "" if same_layout else " (another layout: dropout draws anew from the seed)"
     say(f"resuming {checkpoint.path} after step {trainer.step}{layout}")
@@ -239,11 +253,13 @@ def _refuse_other_model(
         raise ConfigError(
             f"student.architecture.{name} is {value}, {checkpoint.path} has {saved}: {_OR_ELSE}"
         )
-    if (state["taid"] is None) != (config.loss.name != "taid"):
-        raise ConfigError(
-            f"loss.name is {config.loss.name}, {checkpoint.path} "
-            f"{'has no' if state['taid'] is None else 'has a'} TAID schedule: {_OR_ELSE}"
-        )
+    for name, what in (("taid", "TAID schedule"), ("ctkd", "CTKD temperature")):
+        saved_one = state.get(name) is not None
+        if saved_one != (config.loss.name == name):
+            raise ConfigError(
+                f"loss.name is {config.loss.name}, {checkpoint.path} "
+                f"{'has a' if saved_one else 'has no'} {what}: {_OR_ELSE}"
+            )
     if state["distributed_optimizer"] != config.parallel.distributed_optimizer:
         raise ConfigError(
             f"parallel.distributed_optimizer is {config.parallel.distributed_optimizer}, "

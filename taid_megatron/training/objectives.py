@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from taid_megatron.config.schema import Loss, Taid
 from taid_megatron.losses import distillation_loss
+from taid_megatron.losses.registry import LOSSES
 from taid_megatron.models.pair import Logits
 from taid_megatron.models.vocabulary import Vocabulary
 from taid_megatron.runtime.distributed import World
-from taid_megatron.schedules import TAIDSchedule
+from taid_megatron.schedules import CTKDTemperature, TAIDSchedule
 
 
 def build_schedule(loss: Loss, taid: Taid, steps: int) -> TAIDSchedule | None:
@@ -27,6 +29,19 @@ def build_schedule(loss: Loss, taid: Taid, steps: int) -> TAIDSchedule | None:
         total_steps=steps,
         adaptive=taid.adaptive,
         rule=taid.rule,
+    )
+
+
+def build_temperature(loss: Loss, steps: int) -> CTKDTemperature | None:
+    """The learned temperature of a CTKD run; None for every other loss."""
+    if loss.name != "ctkd":
+        return None
+    given = {"start": loss.temperature_start, "span": loss.temperature_range}
+    return CTKDTemperature(
+        total_steps=steps,
+        lr=loss.temperature_lr,
+        variant=loss.variant or "paper",
+        **{name: value for name, value in given.items() if value is not None},
     )
 
 
@@ -53,6 +68,7 @@ class TrainingObjective(_OnShards):
 
     loss: Loss
     t: float | None
+    temperature: float | None
     logged: bool
     with_teacher: bool
     rule: str
@@ -60,14 +76,15 @@ class TrainingObjective(_OnShards):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """loss, objective (what drives t); kl and cross_entropy where logged."""
+        """loss, objective (what drives t), of ctkd temperature_gradient; the rest where logged."""
         return ("loss", "objective", *self._extra)
 
     @property
     def _extra(self) -> tuple[str, ...]:
+        learned = ("temperature_gradient",) if self.temperature is not None else ()
         if not self.logged:
-            return ()
-        return ("kl", "cross_entropy") if self.with_teacher else ("cross_entropy",)
+            return learned
+        return (*learned, "kl", "cross_entropy") if self.with_teacher else ("cross_entropy",)
 
     @property
     def _objective(self) -> str:
@@ -75,9 +92,16 @@ class TrainingObjective(_OnShards):
         official = self.loss.name == "taid" and self.rule == "official"
         return "cross_entropy_to_target" if official else "objective"
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The loss's own options, as distillation_loss takes them; its defaults are left to it."""
+        moving = {"t": self.t, "temperature": self.temperature}
+        values = self.loss.model_dump() | {k: v for k, v in moving.items() if v is not None}
+        options = LOSSES[self.loss.name].options
+        return {name: values[name] for name in options if values.get(name) is not None}
+
     def __call__(self, logits: Logits, labels: Tensor) -> dict[str, Tensor]:
         """[s, b, V/tp] logits -> per-token figures [s, b]; overwrites the student's logits."""
-        options = {"t": self.t} if self.loss.name == "taid" else {}
         divergence = self.loss.name if logits.teacher is not None else "cross_entropy"
         losses, stats = distillation_loss(
             divergence,
@@ -88,8 +112,9 @@ class TrainingObjective(_OnShards):
             kernel=self.loss.kernel,
             inplace=True,
             return_stats=(self._objective, *self._extra),
+            collective=self.loss.collective,
             **self.shard,
-            **options,
+            **self._options,
         )
         return {
             "loss": losses,

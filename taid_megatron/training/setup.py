@@ -25,8 +25,8 @@ from taid_megatron.models.pair import Pair
 from taid_megatron.models.teacher_p2p import TeacherCarryingCommunicator
 from taid_megatron.models.vocabulary import Vocabulary, align
 from taid_megatron.runtime.distributed import World
-from taid_megatron.schedules import TAIDSchedule
-from taid_megatron.training.objectives import build_schedule
+from taid_megatron.schedules import CTKDTemperature, TAIDSchedule
+from taid_megatron.training.objectives import build_schedule, build_temperature
 from taid_megatron.training.optimizer import build_lr_schedule, build_optimizer, wire, wrap
 from taid_megatron.training.step import Pipeline
 
@@ -43,6 +43,7 @@ class Trainer:
     optimizer: MegatronOptimizer
     lr_schedule: OptimizerParamScheduler
     schedule: TAIDSchedule | None
+    temperature: CTKDTemperature | None
     pipeline: Pipeline
     steps: int
     step: int = 0
@@ -99,6 +100,7 @@ def build_trainer(config: Config, world: World, abilities: EngineAbilities) -> T
         optimizer=optimizer,
         lr_schedule=build_lr_schedule(optimizer, config.optimizer, steps),
         schedule=build_schedule(config.loss, config.taid, steps),
+        temperature=build_temperature(config.loss, steps),
         pipeline=Pipeline(
             world=world,
             stages=stages,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from taid_megatron.config.load import dump, load
-from taid_megatron.config.schema import Config, Section
+from taid_megatron.config.schema import LOSS_OPTIONS, Config, Section
 
 from .configs import make
 
@@ -83,6 +83,11 @@ def consistent(section: str, tree: dict[str, Any]) -> dict[str, Any]:
         tree["checkpoint"] = None
     if section == "Taid":
         tree["t_start"], tree["t_end"] = sorted((tree["t_start"], tree["t_end"]))
+    if section == "Loss":
+        foreign = {option for options in LOSS_OPTIONS.values() for option in options}
+        tree |= dict.fromkeys(foreign - set(LOSS_OPTIONS[tree["name"]]))
+        if tree["name"] == "gjs" and tree["beta"] is not None:
+            tree["beta"] = 0.25
     if section == "Optimizer":
         tree["min_lr"], tree["lr"] = sorted((tree["min_lr"], tree["lr"]))
     return tree
