@@ -259,30 +259,45 @@ def distillation_loss(
             tensors are looked at only on the CPU: elsewhere a label that no rank has gives an
             infinite cross-entropy, and a t outside [0, 1] goes unnoticed.
     """
-    loss = _find(name, kernel)
-    form = loss.form(**_checked_options(name, loss, options))
-    _check_logits(name, student_logits, teacher_logits, needs_teacher=loss.needs_teacher)
-    known = (*STATS, *form.extra_stats)
-    stats = _wanted_stats(return_stats, known, teacher_logits is not None, labels is not None)
-    needs_labels = loss.needs_labels or ce_weight > 0
-    _check_labels(name, labels, student_logits, needed=needs_labels)
-    request = Request(
-        # Labels that nothing asks for would only make the collective larger.
-        labels=labels if needs_labels or "cross_entropy" in stats else None,
+    form, request = prepare(
+        *(name, student_logits, teacher_logits, return_stats, kernel, options),
+        labels=labels,
         group=group,
         ce_weight=ce_weight,
         inplace=inplace,
-        stats=stats,
         padding=padding,
         vocab_offset=vocab_offset,
         chunk_tokens=chunk_tokens,
         collective=collective,
         check_finite=check_finite,
     )
-    _check_request(request, student_logits)
     chosen = choose(kernel, form, student_logits, teacher_logits)
     value, values = vocab_parallel.run(form, student_logits, teacher_logits, request, chosen)
     return value if return_stats is False else (value, values)
+
+
+def prepare(
+    name: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    return_stats: bool | tuple[str, ...],
+    kernel: str,
+    options: Mapping[str, Any],
+    **arguments: Any,
+) -> tuple[Form, Request]:
+    """The checked arguments of `distillation_loss`. Of the logits shape, type and place count."""
+    loss = _find(name, kernel)
+    form = loss.form(**_checked_options(name, loss, options))
+    _check_logits(name, student_logits, teacher_logits, needs_teacher=loss.needs_teacher)
+    known, labels = (*STATS, *form.extra_stats), arguments["labels"]
+    stats = _wanted_stats(return_stats, known, teacher_logits is not None, labels is not None)
+    needs_labels = loss.needs_labels or arguments["ce_weight"] > 0
+    _check_labels(name, labels, student_logits, needed=needs_labels)
+    if not needs_labels and "cross_entropy" not in stats:
+        arguments["labels"] = None  # they would only make the collective larger
+    request = Request(stats=stats, **arguments)
+    _check_request(request, student_logits)
+    return form, request
 
 
 def _find(name: str, kernel: str) -> Loss:

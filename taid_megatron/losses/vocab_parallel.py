@@ -72,16 +72,10 @@ class _Divergence(torch.autograd.Function):
         kernel: Kernel | None,
     ) -> tuple[Tensor, ...]:
         shard = _Shard(student, teacher, request, kernel)
-        forms = _forms(form, request)
-        merged = join([shard.statistics(part) for part in forms], request)
-        if request.check_finite:
-            _refuse_non_finite(merged)
-        form.refine(_Walk(shard, form), merged[0])
-        dtype = compute_dtype(student, teacher)
-        values = {name: x.to(dtype) for name, x in _values(forms, merged, request).items()}
-        loss = _total(values, form, request)
+        forms, merged, values = _measure(form, shard)
         # Clones: autograd wants every output to be a tensor of its own.
         stats = tuple(values[name].clone() for name in request.stats)
+        loss, dtype = values["loss"], values["loss"].dtype
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         if any(ctx.needs_input_grad):
@@ -120,6 +114,37 @@ class _Divergence(torch.autograd.Function):
             shard = _Shard(student, teacher, request, ctx.kernel)
             grad = shard.gradient(ctx.forms, merged, divergence, surprise)
         return grad, None, grad_parameter, None, None, None
+
+
+def value_and_gradient(
+    form: Form,
+    student: Tensor,
+    teacher: Tensor | None,
+    request: Request,
+    kernel: Kernel | None,
+    upstream: Tensor | None,
+) -> Columns:
+    """As `run`, without autograd, `loss` among the values; then the gradient, if `upstream` [*] is
+    given: it takes the student's storage. For a caller to whom the upstream gradient is known.
+    """
+    shard = _Shard(student, teacher, replace(request, inplace=True), kernel)
+    forms, merged, values = _measure(form, shard)
+    if upstream is not None:
+        shard.gradient(forms, merged, *_upstream(upstream, form, request))
+    return values
+
+
+def _measure(form: Form, shard: _Shard) -> tuple[list[Form], list[Columns], Columns]:
+    """The forward: the forms in use, their merged statistics, and the values [*] with the loss."""
+    request = shard.request
+    forms = _forms(form, request)
+    merged = join([shard.statistics(part) for part in forms], request)
+    if request.check_finite:
+        _refuse_non_finite(merged)
+    form.refine(_Walk(shard, form), merged[0])
+    dtype = compute_dtype(shard.student, shard.teacher)
+    values = {name: x.to(dtype) for name, x in _values(forms, merged, request).items()}
+    return forms, merged, {**values, "loss": _total(values, form, request)}
 
 
 def _forms(form: Form, request: Request) -> list[Form]:
