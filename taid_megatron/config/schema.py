@@ -169,6 +169,11 @@ class Loss(Section):
     collective: Literal["gather", "all_reduce"] = "gather"
     """How tensor-parallel ranks exchange their sums: one all-gather, or two all-reduces, which move
     less where many ranks share the vocabulary."""
+    fused_head: bool = False
+    """Make both models' logits inside the loss, some tokens at a time, so that none of the size of
+    tokens x vocabulary exists. Saves memory; the gradient's products run in the forward."""
+    head_chunk_tokens: Positive = 1024
+    """Tokens at a time with fused_head."""
     beta: Annotated[float, Field(ge=0)] | None = None
     """gjs: the teacher's share of the mixture, in (0, 1); none: 0.1. dkd: weight of the non-target
     classes; none: 8."""

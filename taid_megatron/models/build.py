@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -31,11 +33,20 @@ _ACTIVATIONS = {
 }
 
 
+class Head(NamedTuple):
+    """What the logits are made of, for a loss that makes them itself."""
+
+    hidden: Tensor
+    """[s, b, h], after the last norm; [s / tp, b, h] with sequence parallelism."""
+    weight: Tensor
+    """[V/tp, h], the output layer's."""
+
+
 class GPTStage(GPTModel):
     """megatron-core's GPTModel that ends in logits as the loss wants them: [s, b, V/tp].
 
     GPTModel without labels transposes and copies its logits to [b, s, V/tp], a hidden copy of the
-    largest tensor of the step.
+    largest tensor of the step. After `leave_head_to_loss` it ends in a Head.
     """
 
     reset_positions = False
@@ -50,13 +61,22 @@ class GPTStage(GPTModel):
             angles = angles[position_ids.t(), 0, 0].unsqueeze(2)
         return decoder_input, angles, *rest
 
-    def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def leave_head_to_loss(self) -> None:
+        """End in a Head; on stages without the output layer this does nothing."""
+        if self.post_process:
+            # Still called as a module: Megatron's hooks on it gather its weight.
+            self.output_layer.forward = self._hand_over
+
+    def _hand_over(self, hidden: Tensor, weight: Tensor | None = None) -> tuple[Head, None]:
+        return Head(hidden, self.output_layer.weight if weight is None else weight), None
+
+    def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | Head:
         if not self.post_process:
             return hidden_states
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
-        logits, _ = self.output_layer(hidden_states, weight=weight)
-        return logits
+        output, _ = self.output_layer(hidden_states, weight=weight)
+        return output
 
 
 def transformer_config(

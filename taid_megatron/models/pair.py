@@ -12,17 +12,17 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from taid_megatron.models.build import GPTStage
+from taid_megatron.models.build import GPTStage, Head
 from taid_megatron.models.teacher_p2p import PendingTeacher, attach, detach
 
 
-class Logits(NamedTuple):
-    """What the last stage hands to the loss."""
+class Outputs(NamedTuple):
+    """What the last stage hands to the loss: logits [s, b, V/tp], or the heads that make them."""
 
-    student: Tensor
-    """[s, b, V/tp], with gradient."""
-    teacher: Tensor | None
-    """[s, b, V/tp], without; None where the student learns without a teacher."""
+    student: Tensor | Head
+    """With gradient."""
+    teacher: Tensor | Head | None
+    """Without; None where the student learns without a teacher."""
 
 
 class Pair(MegatronModule):
@@ -70,29 +70,30 @@ class Pair(MegatronModule):
 
     def forward(
         self, tokens: Tensor, position_ids: Tensor, document_ids: Tensor | None
-    ) -> Tensor | Logits:
-        """Hidden states [s, b, h] of both models, or the last stage's logits.
+    ) -> Tensor | Outputs:
+        """Hidden states [s, b, h] of both models, or the last stage's outputs.
 
         tokens, position_ids, document_ids: [b, s]; document_ids None: attend to all before.
         """
         teacher_output = self._run_teacher(tokens, position_ids, document_ids)
         student_output = self.student(tokens, position_ids, document_ids)
         if self.post_process:
-            return Logits(student_output, teacher_output)
+            return Outputs(student_output, teacher_output)
         if teacher_output is not None:
+            assert isinstance(teacher_output, Tensor)
             attach(student_output, teacher_output)
         return student_output
 
     @torch.no_grad()
     def _run_teacher(
         self, tokens: Tensor, position_ids: Tensor, document_ids: Tensor | None
-    ) -> Tensor | None:
+    ) -> Tensor | Head | None:
         if self.teacher is None:
             return None
         if self._teacher_input is not None:
             self.teacher.set_input_tensor(self._teacher_input.wait())
             self._teacher_input = None
-        output = self.teacher(tokens, position_ids, document_ids)
+        output: Tensor | Head = self.teacher(tokens, position_ids, document_ids)
         # the decoder would keep its input until the next micro-batch
         self.teacher.set_input_tensor(None)
         return output

@@ -30,7 +30,10 @@ def evaluate(trainer: Trainer, dataset: Dataset) -> dict[str, float]:
         dp_size=world.groups.dp.size(),
         prefetch=0,
     )
-    figures = HeldOutFigures(world, trainer.vocabulary, with_teacher=trainer.has_teacher)
+    figures = HeldOutFigures(
+        *(world, trainer.vocabulary, config.loss, config.parallel.sequence_parallel),
+        with_teacher=trainer.has_teacher,
+    )
     with _evaluation_mode(trainer.stages):
         means = trainer.pipeline.run(
             batches.step(evaluation_samples(config, world.size)), figures, forward_only=True

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from taid_megatron.config.schema import Loss, Taid
 from taid_megatron.losses import distillation_loss
+from taid_megatron.losses.fused_head import fused_distillation_loss
 from taid_megatron.losses.registry import LOSSES
-from taid_megatron.models.pair import Logits
+from taid_megatron.models.build import Head
+from taid_megatron.models.pair import Outputs
 from taid_megatron.models.vocabulary import Vocabulary
 from taid_megatron.runtime.distributed import World
 from taid_megatron.schedules import CTKDTemperature, TAIDSchedule
@@ -47,26 +49,55 @@ def build_temperature(loss: Loss, steps: int) -> CTKDTemperature | None:
 
 @dataclass(frozen=True)
 class _OnShards:
-    """Losses on this rank's vocabulary shard."""
+    """Losses on this rank's vocabulary shard, from logits or, fused, from the heads."""
 
     world: World
     vocabulary: Vocabulary
+    loss: Loss
+    sequence_parallel: bool
 
-    @property
-    def shard(self) -> dict:
-        """Where this rank's columns lie, as distillation_loss takes it."""
-        return {
+    def compute(
+        self,
+        name: str,
+        student: Tensor | Head,
+        teacher: Tensor | Head | None,
+        labels: Tensor,
+        loss_mask: Tensor,
+        stats: tuple[str, ...],
+        **options: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Masked sum of a loss; {"loss" and each of stats: [s, b]}. Overwrites student logits."""
+        arguments: dict[str, Any] = {
+            "labels": labels,
+            "kernel": self.loss.kernel,
+            "collective": self.loss.collective,
             "group": self.world.groups.tp,
             "padding": self.vocabulary.padding(self.world.tensor_rank),
             "vocab_offset": self.world.tensor_rank * self.vocabulary.shard_size,
+            **options,
         }
+        if isinstance(student, Head):
+            return fused_distillation_loss(
+                name,
+                *student,
+                *(teacher if isinstance(teacher, Head) else (None, None)),
+                loss_mask=loss_mask,
+                sequence_parallel=self.sequence_parallel,
+                head_chunk_tokens=self.loss.head_chunk_tokens,
+                return_stats=stats,
+                **arguments,
+            )
+        assert not isinstance(teacher, Head)
+        losses, found = distillation_loss(
+            name, student, teacher, return_stats=stats, inplace=True, **arguments
+        )
+        return (losses * loss_mask).sum(), {"loss": losses, **found}
 
 
 @dataclass(frozen=True)
 class TrainingObjective(_OnShards):
     """The configured loss; with `logged`, also the figures of the log, in the same pass."""
 
-    loss: Loss
     t: float | None
     temperature: float | None
     logged: bool
@@ -100,26 +131,21 @@ class TrainingObjective(_OnShards):
         options = LOSSES[self.loss.name].options
         return {name: values[name] for name in options if values.get(name) is not None}
 
-    def __call__(self, logits: Logits, labels: Tensor) -> dict[str, Tensor]:
-        """[s, b, V/tp] logits -> per-token figures [s, b]; overwrites the student's logits."""
-        divergence = self.loss.name if logits.teacher is not None else "cross_entropy"
-        losses, stats = distillation_loss(
-            divergence,
-            logits.student,
-            logits.teacher,
-            labels=labels,
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, loss_mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Masked sum, and per-token figures [s, b]."""
+        total, values = self.compute(
+            self.loss.name if outputs.teacher is not None else "cross_entropy",
+            *(outputs.student, outputs.teacher, labels, loss_mask),
+            stats=(self._objective, *self._extra),
             ce_weight=self.loss.ce_weight,
-            kernel=self.loss.kernel,
-            inplace=True,
-            return_stats=(self._objective, *self._extra),
-            collective=self.loss.collective,
-            **self.shard,
             **self._options,
         )
-        return {
-            "loss": losses,
-            "objective": stats[self._objective],
-            **{name: stats[name] for name in self._extra},
+        return total, {
+            "loss": values["loss"],
+            "objective": values[self._objective],
+            **{name: values[name] for name in self._extra},
         }
 
 
@@ -135,22 +161,19 @@ class HeldOutFigures(_OnShards):
         return ("loss", "teacher_cross_entropy", "kl") if self.with_teacher else ("loss",)
 
     @torch.no_grad()
-    def __call__(self, logits: Logits, labels: Tensor) -> dict[str, Tensor]:
-        """[s, b, V/tp] logits -> per-token figures [s, b]."""
-        if logits.teacher is None:
-            loss = distillation_loss(
-                "cross_entropy", logits.student, None, labels=labels, **self.shard
-            )
-            return {"loss": loss}
-        kl, stats = distillation_loss(
-            "forward_kl",
-            logits.student,
-            logits.teacher,
-            labels=labels,
-            return_stats=("cross_entropy",),
-            **self.shard,
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, loss_mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Masked sum of the cross-entropy, and per-token figures [s, b]."""
+        student, teacher = outputs
+        if teacher is None:
+            return self.compute("cross_entropy", student, None, labels, loss_mask, ())
+        total, values = self.compute(
+            *("forward_kl", student, teacher, labels, loss_mask, ("cross_entropy",))
         )
-        teacher = distillation_loss(
-            "cross_entropy", logits.teacher, None, labels=labels, **self.shard
-        )
-        return {"loss": stats["cross_entropy"], "teacher_cross_entropy": teacher, "kl": kl}
+        _, of_teacher = self.compute("cross_entropy", teacher, None, labels, loss_mask, ())
+        return total, {
+            "loss": values["cross_entropy"],
+            "teacher_cross_entropy": of_teacher["loss"],
+            "kl": values["loss"],
+        }

@@ -85,6 +85,10 @@ def build_trainer(config: Config, world: World, abilities: EngineAbilities) -> T
     teachers: list[GPTStage | None] = [None] * len(students)
     if teacher_shape is not None:
         teachers = [*_teacher(config, teacher_shape, vocabulary, abilities)]
+    if config.loss.fused_head:
+        for stage in (*students, *teachers):
+            if stage is not None:
+                stage.leave_head_to_loss()
     pairs = [Pair(student, teacher) for student, teacher in zip(students, teachers, strict=True)]
     stages = wrap(pairs, config.parallel)
     wire(stages, config.parallel)

@@ -18,7 +18,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from taid_megatron.models.pair import Logits
+from taid_megatron.models.pair import Outputs
 from taid_megatron.models.teacher_p2p import TeacherCarryingCommunicator
 from taid_megatron.runtime.distributed import World
 
@@ -30,11 +30,16 @@ class PerToken(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The figures it gives, on every rank alike; `loss` is the one that is differentiated."""
+        """The figures it gives, on every rank alike."""
         ...
 
-    def __call__(self, logits: Logits, labels: Tensor) -> dict[str, Tensor]:
-        """Logits and labels [s, b] -> each figure of `names`, [s, b] fp32."""
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, loss_mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Labels and mask [s, b] -> masked sum of the loss, and each figure of `names` [s, b] fp32.
+
+        Only the sum is differentiated.
+        """
         ...
 
 
@@ -104,7 +109,7 @@ def _forward_step(
 
 
 def _sum_over_tokens(
-    per_token: PerToken, labels: Tensor, loss_mask: Tensor, logits: Logits
+    per_token: PerToken, labels: Tensor, loss_mask: Tensor, outputs: Outputs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Megatron's loss_func in its triple form: loss sum, token count (int32), figures to add up.
 
@@ -112,8 +117,7 @@ def _sum_over_tokens(
     pair (loss, dict) it averages means, and the gradient doubles at two data-parallel ranks.
     """
     mask = loss_mask.t()
-    figures = per_token(logits, labels.t())
+    loss, figures = per_token(outputs, labels.t(), mask)
     tokens = mask.sum()
-    loss = (figures["loss"] * mask).sum()
     report = [(figures[name].detach().double() * mask).sum() for name in per_token.names]
     return loss, tokens.int(), torch.stack([*report, tokens.double()])

@@ -10,6 +10,7 @@ import pytest
 
 from . import toy
 
+FUSED = ("loss.fused_head=true", "loss.head_chunk_tokens=11")
 TP2 = "parallel.tensor=2"
 PP2 = "parallel.pipeline=2"
 VPP2 = "parallel.virtual_pipeline=2"
@@ -57,6 +58,15 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "cross-entropy alone, TP=2 DP=2": (4, (TP2,), ("loss.name=cross_entropy", "teacher=null")),
     "teacher of a larger vocabulary, TP=2": (2, (TP2,), ("teacher.architecture.vocab_size=500",)),
     "student of a larger vocabulary, PP=2": (2, (PP2,), ("student.architecture.vocab_size=700",)),
+    # the same run as with logits, which is what one process does here
+    "fused head": (1, FUSED, ()),
+    "fused head, TP=2 SP": (2, (*FUSED, TP2, SEQUENCE), ("loss.ce_weight=0.3",)),
+    "fused head, tied, TP=2 DP=2 sharded overlapped": (
+        4,
+        (*FUSED, TP2, SHARDED, *OVERLAP),
+        (*TIED, "evaluation.every=2"),
+    ),
+    "fused head, tied, PP=2": (2, (*FUSED, PP2), TIED),
     # not one of those the code was written against: an odd number of stages of unequal depth, one
     # of them without a student layer, and a ring of messages with chunks
     "PP=3 uneven": (

@@ -38,7 +38,7 @@ def _compare(rank: int, size: int, config: str, overrides: tuple[str, ...], weig
             batches = data.step(8)
         loss, gradients, tokens = _gradients(trainer, batches, 0.3, weight)
         objective = TrainingObjective(
-            *(trainer.world, trainer.vocabulary, trainer.config.loss, 0.3, None),
+            *(trainer.world, trainer.vocabulary, trainer.config.loss, False, 0.3, None),
             logged=True,
             with_teacher=True,
             rule="paper",

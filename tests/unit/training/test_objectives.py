@@ -7,7 +7,8 @@ import torch
 
 from taid_megatron.config.schema import Loss
 from taid_megatron.losses import distillation_loss
-from taid_megatron.models.pair import Logits
+from taid_megatron.models.build import Head
+from taid_megatron.models.pair import Outputs
 from taid_megatron.training.objectives import TrainingObjective, build_temperature
 
 WORLD = SimpleNamespace(groups=SimpleNamespace(tp=None), tensor_rank=0)
@@ -27,17 +28,27 @@ SECTIONS = {
 }
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
 @pytest.mark.parametrize("name", SECTIONS)
-def test_options_reach_the_loss(name, ce_weight):
-    """t = 0 included, which is a value and not a missing one."""
+def test_options_reach_the_loss(name, ce_weight, fused):
+    """t = 0 included, which is a value and not a missing one; from logits as from heads."""
     section, options = SECTIONS[name]
-    student, teacher = torch.randn(2, 4, 3, 40, generator=torch.Generator().manual_seed(0))
-    labels = torch.randint(0, 38, (4, 3), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        Head(
+            torch.randn(4, 3, width, generator=generator),
+            torch.randn(40, width, generator=generator),
+        )
+        for width in (8, 12)
+    )
+    logits = [head.hidden @ head.weight.t() for head in (student, teacher)]
+    labels = torch.randint(0, 38, (4, 3), generator=generator)
+    mask = torch.rand(4, 3, generator=generator).round()
     objective = TrainingObjective(
-        WORLD,
-        VOCABULARY,
-        loss=Loss(name=name, ce_weight=ce_weight, **section),
+        *(WORLD, VOCABULARY),
+        loss=Loss(name=name, ce_weight=ce_weight, head_chunk_tokens=5, **section),
+        sequence_parallel=False,
         t=0.0 if name == "taid" else None,
         temperature=2.5 if name == "ctkd" else None,
         logged=True,
@@ -45,11 +56,13 @@ def test_options_reach_the_loss(name, ce_weight):
         rule="paper",
     )
     expected = distillation_loss(
-        *(name, student, teacher), labels=labels, ce_weight=ce_weight, padding=2, **options
+        *(name, *logits), labels=labels, ce_weight=ce_weight, padding=2, **options
     )
-    figures = objective(Logits(student.clone(), teacher), labels)
+    outputs = Outputs(student, teacher) if fused else Outputs(logits[0].clone(), logits[1])
+    total, figures = objective(outputs, labels, mask)
     assert list(figures) == list(objective.names)
-    assert torch.equal(figures["loss"], expected)
+    torch.testing.assert_close(figures["loss"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(total, (expected * mask).sum(), atol=1e-4, rtol=1e-5)
 
 
 def test_only_ctkd_has_a_temperature():
