@@ -12,6 +12,7 @@ load_state_dict.
 from __future__ import annotations
 
 import json
+import queue
 import re
 import shutil
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from taid_megatron.config.errors import UserError
@@ -93,6 +95,7 @@ def save(
             shutil.rmtree(leftover)
         unfinished.mkdir()
     dist.barrier()
+    _keep_results_in_this_process()
     dist_checkpointing.save(
         _sharded(stages, optimizer, random_state, loading=False), str(unfinished)
     )
@@ -104,6 +107,17 @@ def save(
         unfinished.rename(final)
     dist.barrier()
     return final
+
+
+def _keep_results_in_this_process() -> None:
+    """Give megatron-core's writer a plain queue for its results.
+
+    Its own is a multiprocessing.Manager's: a process more, spawned at the first save, that takes
+    seconds to import torch and may outlive the run. It serves asynchronous saves; here the writers
+    are forked and joined, and the results put, within the call.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def load(

@@ -232,6 +232,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     every = versions()
     groups: dict[str, list[str]] = {}
     for name, version in every.items():
+        if args.only and not any(part in name for part in args.only.split(",")):
+            continue
         groups.setdefault(version.against, []).append(name)
     rows = []
     for baseline, names in groups.items():
@@ -257,6 +259,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", help="parts of the names of the versions wanted, with commas")
     parser.add_argument("--json", type=Path, help="write the table there as JSON")
     parser.add_argument("--memory-of", metavar="VERSION", help=argparse.SUPPRESS)
     return parser.parse_args(argv)

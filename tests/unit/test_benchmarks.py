@@ -1,0 +1,56 @@
+"""The benchmark scripts at tiny sizes: they run, compare what they say, and write their JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(name: str, path: Path, *arguments: str) -> dict:
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parents[1])}
+    line = [sys.executable, "-W", "ignore", str(BENCHMARKS / name), "--json", str(path)]
+    done = subprocess.run(
+        [*line, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(path.read_text())
+
+
+def test_loss(tmp_path):
+    sizes = ("--tokens", "8", "--vocabulary", "64", "--repeats", "1", "--threads", "1")
+    only = ("--only", "naive,native inplace,head")
+    found = run("loss.py", tmp_path / "loss.json", *sizes, *only)
+    rows = {row["version"]: row for row in found["rows"]}
+    assert {"naive", "native inplace", "heads apart", "fused head"} <= set(rows)
+    for name, row in rows.items():
+        assert row["cpu_seconds"] > 0
+        assert row["time_ratio"] > 0
+        assert (row["time_ratio"] == 1.0) == (row["against"] == name)
+
+
+def test_attention(tmp_path):
+    sizes = ("--repeats", "1", "--seq-length", "32", "--batch", "1")
+    assert run("attention.py", tmp_path / "attention.json", *sizes)["rows"]
+
+
+@pytest.mark.skipif(not find_spec("transformers"), reason="the benchmark compares with it")
+def test_pair(tmp_path):
+    """It refuses by itself where a version's losses differ from transformers'."""
+    sizes = ("--student", "1x16", "--teacher", "1x32", "--vocabulary", "64", "--batch", "2")
+    sizes += ("--seq-length", "16", "--repeats", "1", "--steps", "1")
+    found = run("pair.py", tmp_path / "pair.json", *sizes)
+    assert {row["version"] for row in found["rows"]} >= {"transformers", "taid-megatron"}
+
+
+def test_the_runner_names_the_benchmarks_it_knows():
+    runner = (BENCHMARKS / "run.sh").read_text()
+    for script in BENCHMARKS.glob("*.py"):
+        assert script.stem == "measure" or script.stem in runner
