@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from .errors import ConfigError
 from .explain import cut, explain
 from .schema import Config
+from .weights import with_architectures
 
 Tree = dict[str, Any]
 
@@ -31,6 +32,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     tree = _parse(_read(Path(path)), str(path))
     overridden = [_override(tree, text) for text in overrides]
+    tree = with_architectures(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:

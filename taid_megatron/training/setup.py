@@ -17,6 +17,10 @@ from taid_megatron.config.batches import data_parallel_size, train_samples, trai
 from taid_megatron.config.checks import EngineAbilities
 from taid_megatron.config.errors import ConfigError
 from taid_megatron.config.schema import Architecture, Blend, Config
+from taid_megatron.config.weights import source
+from taid_megatron.conversion import companions
+from taid_megatron.conversion.checkpoint import import_checkpoint
+from taid_megatron.conversion.hf_import import import_hf
 from taid_megatron.data.datasets import build_datasets
 from taid_megatron.data.loader import DistributedBatches
 from taid_megatron.models.build import DTYPES, GPTStage, build_stages, transformer_config
@@ -63,7 +67,7 @@ class Trainer:
 
 
 def teacher_architecture(config: Config) -> Architecture | None:
-    """The teacher's shape: the configuration's, or what its checkpoint says."""
+    """The teacher's shape: the configuration's (teacher.hf as well), or its checkpoint's."""
     if config.teacher is None:
         return None
     if config.teacher.architecture is not None:
@@ -71,6 +75,18 @@ def teacher_architecture(config: Config) -> Architecture | None:
     assert config.teacher.checkpoint is not None
     state = store.find(config.teacher.checkpoint).state()
     return Architecture.model_validate(state["architecture"])
+
+
+def keep_tokenizer(config: Config) -> None:
+    """Keep what an export needs beside the weights, from the student's or the teacher's folder."""
+    student, teacher = config.student, config.teacher
+    folders = [student.hf, teacher.hf if teacher else None]
+    if teacher is not None and teacher.checkpoint is not None:
+        folders.append(companions.find(store.find(teacher.checkpoint).path))
+    for folder in folders:
+        if folder is not None and companions.has_tokenizer(folder):
+            companions.keep(folder, config.run.folder / companions.FOLDER)
+            return
 
 
 def build_trainer(config: Config, world: World, abilities: EngineAbilities) -> Trainer:
@@ -128,9 +144,38 @@ def _student(config: Config, vocabulary: Vocabulary, abilities: EngineAbilities)
         hidden_dropout=config.student.hidden_dropout,
         attention_dropout=config.student.attention_dropout,
     )
-    for stage in stages:
-        initialize(stage, config.student.architecture, config.run.seed)
+    kind = source(config.student)
+    if kind == "random":
+        for stage in stages:
+            initialize(stage, config.student.architecture, config.run.seed)
+    elif kind == "hf":
+        assert config.student.hf is not None
+        import_hf(config.student.hf, stages, config.student.architecture, vocabulary)
+    else:
+        assert config.student.init is not None
+        _fill_from_teacher(config, stages, vocabulary, config.student.init.layers)
     return stages
+
+
+def _fill_from_teacher(
+    config: Config,
+    stages: list[GPTStage],
+    vocabulary: Vocabulary,
+    layers: tuple[int, ...] | None = None,
+) -> None:
+    """Weights of the teacher's file; layers: those of it that the stages consist of; None: all."""
+    teacher, architecture = config.teacher, teacher_architecture(config)
+    assert teacher is not None
+    assert architecture is not None
+    if teacher.hf is not None:
+        import_hf(teacher.hf, stages, architecture, vocabulary, layers=layers)
+        return
+    assert teacher.checkpoint is not None
+    checkpoint = store.find(teacher.checkpoint)
+    if layers is None:
+        store.load_weights(checkpoint, stages)
+    else:
+        import_checkpoint(checkpoint.path, stages, architecture, vocabulary, layers=layers)
 
 
 def _teacher(
@@ -148,11 +193,11 @@ def _teacher(
         precision=config.teacher.precision or config.training.precision,
         layers_per_stage=config.teacher.layers_per_stage,
     )
-    if config.teacher.checkpoint is not None:
-        store.load_weights(store.find(config.teacher.checkpoint), stages)
-    else:
+    if config.teacher.hf is None and config.teacher.checkpoint is None:
         for stage in stages:
             initialize(stage, architecture, config.run.seed + 1)
+    else:
+        _fill_from_teacher(config, stages, vocabulary)
     return stages
 
 

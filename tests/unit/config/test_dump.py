@@ -77,6 +77,13 @@ def consistent(section: str, tree: dict[str, Any]) -> dict[str, Any]:
     """What a section demands of its values together."""
     if section == "Training":
         tree["steps"], tree["tokens"] = (tree["steps"], None) if tree["steps"] else (None, 7)
+    if section in ("Student", "Teacher"):
+        tree["hf"] = None  # a folder that is there would be needed
+    if section == "Init":
+        layers = tree["layers"] or [0]
+        tree["layers"] = layers if tree["source"] == "teacher" else None
+    if section == "RotaryScaling":
+        tree["low_freq_factor"], tree["high_freq_factor"] = 1.5, 2.5
     if section == "Teacher" and tree["architecture"] is None:
         tree["checkpoint"] = tree["checkpoint"] or "teacher"
     elif section == "Teacher":
