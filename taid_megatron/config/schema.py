@@ -136,12 +136,8 @@ class Architecture(Section):
 class Init(Section):
     """Where the student's weights start, when not in its own checkpoint."""
 
-    # `from`, as it is written in YAML, is no name in Python
-    model_config = ConfigDict(populate_by_name=True)
-
-    source: Annotated[Literal["random", "hf", "teacher"], Field(alias="from")]
-    """Written `from` as well. 'random': by run.seed; 'hf': student.hf; 'teacher': some of its
-    layers."""
+    source: Literal["random", "hf", "teacher"]
+    """Also `from`. 'random': by run.seed; 'hf': student.hf; 'teacher': some of its layers."""
     layers: tuple[NotNegative, ...] | None = None
     """Of 'teacher': its layers, counted from 0, that become the student's, in this order."""
 

@@ -113,7 +113,8 @@ def export_checkpoint(
             "folder, a tokenizer.json or a sentencepiece .model)"
         )
     size = distributed.world_size_from_environment()
-    if size > 1:
+    joins = size > 1 and not dist.is_initialized()
+    if joins:
         dist.init_process_group("gloo")
     try:
         path = export(
@@ -129,7 +130,7 @@ def export_checkpoint(
             barrier=dist.barrier if size > 1 else lambda: None,
         )
     finally:
-        if size > 1:
+        if joins:
             dist.destroy_process_group()
     say(f"exported: {path}")
     return 0

@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file
 
 VOCABULARY = 157
 BATCH, SEQ_LENGTH = 2, 24
@@ -71,10 +72,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str) -> Any:
+def build(name: str, **changes: Any) -> Any:
     """A model with no weight at its neutral start: exchanged or lost ones show."""
     kind, arguments = MODELS[name]
-    config = getattr(transformers, kind)(**arguments)
+    config = getattr(transformers, kind)(**{**arguments, **changes})
     generator = torch.Generator().manual_seed(sorted(MODELS).index(name))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -87,10 +88,15 @@ def build(name: str) -> Any:
     return model
 
 
-def write(name: str, folder: Path, **options: Any) -> Path:
+def write(
+    name: str, folder: Path, *, max_shard_size: str = "5GB", as_bin: bool = False, **changes: Any
+) -> Path:
     """The model's folder, with `reference.pt`: ids [b, s] and transformers' logits [b, s, V]."""
-    model = build(name)
-    model.save_pretrained(folder, **options)
+    model = build(name, **changes)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if as_bin:
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
     tokenizer().save_pretrained(folder)
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(3, VOCABULARY, (BATCH, SEQ_LENGTH), generator=generator)

@@ -24,8 +24,10 @@ LAYOUTS = {"1x1": (1, 1), "TP=2": (2, 1), "PP=2": (1, 2), "TP=2 PP=2": (2, 2)}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hf")
+    options: dict = {"mistral": {"max_shard_size": "20KB"}, "qwen3": {"as_bin": True}}
     for name in hf_models.MODELS:
-        hf_models.write(name, root / name)
+        hf_models.write(name, root / name, **options.get(name, {}))
+    assert len(list((root / "mistral").glob("*.safetensors"))) > 2
     for name in ("llama", "gpt_neox", "stablelm"):
         hf_models.older(root / name)
     return root
