@@ -36,7 +36,8 @@ def convert(model: Path, out: Path) -> dict[str, Any]:
         raise UserError(f"{model}: not a sentencepiece model; give another tokenizer") from None
     proto = _proto(model)
     tokenizer = _build(model, proto)
-    for text in _PROBES:
+    symbols = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    for text in (*_PROBES, *(f"before{symbol}after {symbol} end" for symbol in symbols[:16])):
         expected = processor.encode(text)
         found = tokenizer.encode(text, add_special_tokens=False).ids
         if found != expected:
