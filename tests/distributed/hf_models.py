@@ -75,7 +75,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def build(name: str, **changes: Any) -> Any:
     """A model with no weight at its neutral start: exchanged or lost ones show."""
     kind, arguments = MODELS[name]
-    config = getattr(transformers, kind)(**{**arguments, **changes})
+    arguments = {**arguments, **changes}
+    if int(transformers.__version__.split(".")[0]) < 5 and "rope_parameters" in arguments:
+        rotary = dict(arguments.pop("rope_parameters"))
+        arguments["rope_theta"] = rotary.pop("rope_theta")
+        arguments["rope_scaling"] = rotary
+    config = getattr(transformers, kind)(**arguments)
     generator = torch.Generator().manual_seed(sorted(MODELS).index(name))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -121,7 +126,9 @@ def older(folder: Path) -> None:
     """Rewrite config.json as transformers 4 writes rotary settings."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    rotary = config.pop("rope_parameters")
+    rotary = config.pop("rope_parameters", None)
+    if rotary is None:
+        return  # transformers 4 wrote it
     neox = config["model_type"] == "gpt_neox"
     config["rotary_emb_base" if neox else "rope_theta"] = rotary.pop("rope_theta")
     if "partial_rotary_factor" in rotary:
