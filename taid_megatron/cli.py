@@ -112,6 +112,47 @@ def export(
     )
 
 
+@app.command()
+def evaluate(
+    model: Annotated[
+        Path, typer.Argument(help="A step_* folder, a run's, or a Hugging Face model's.")
+    ],
+    overrides: Overrides = None,
+    last_word: Annotated[
+        Path | None, typer.Option(help='JSON lines {"text": ...}: guess the last word.')
+    ] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="Public tasks by lm-eval: leaderboard, smollm.")
+    ] = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="Folder of lm-eval's task files that --suite may name.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder, tokenizer.json or .model; none: the one kept.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for evaluation.json and evaluation.md.")
+    ] = None,
+) -> int:
+    """Measure a model: held-out text, its teacher, last words, public suites.
+
+    A run's teacher, held-out data and length are taken from its config.yaml; settings replace them,
+    such as teacher.hf=FOLDER data.validation=PREFIX training.seq_length=512 evaluation.samples=256
+    parallel.tensor=2.
+    """
+    from taid_megatron.evaluation.run import evaluate as run
+
+    return run(
+        model,
+        overrides or (),
+        last_word=last_word,
+        suites=suite or (),
+        tasks=tasks,
+        tokenizer=tokenizer,
+        out=out,
+    )
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         print(f"taid-megatron {__version__}")

@@ -37,11 +37,13 @@ def check(
     *,
     teacher_architecture: Architecture | None = None,
     engine: EngineAbilities,
+    trains: bool = True,
 ) -> None:
     """Raise ConfigError for the first thing that does not fit; read-only, no torch.
 
     `world_size` counts ranks; None: not known yet, its checks are left out.
-    `teacher_architecture` is that of `teacher.checkpoint`, once the caller has read it.
+    `teacher_architecture` is that of `teacher.checkpoint`, once the caller has read it. `trains`:
+    False leaves out what a run needs and an evaluation does not: length, data, folders.
     """
     _check_parallel(config.parallel, engine)
     _check_models(config, teacher_architecture)
@@ -50,6 +52,8 @@ def check(
     if world_size is not None:
         _check_world_size(config.parallel, world_size, engine)
     _check_batches(config, world_size)
+    if not trains:
+        return
     _check_length(config)
     _check_logging(config, engine)
     _check_inputs(config)

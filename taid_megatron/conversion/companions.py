@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -52,35 +53,56 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (_TOKENIZER, "tokenizer.model"))
 
 
+def load_tokenizer(source: Path) -> Any:
+    """The `tokenizers` package's tokenizer of a folder, a tokenizer.json or a .model.
+
+    Raises UserError where there is none.
+    """
+    import tokenizers
+
+    with tempfile.TemporaryDirectory() as folder:
+        _write_tokenizer(source, Path(folder))
+        path = Path(folder) / _TOKENIZER
+        try:
+            return tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises bare Exception
+            raise UserError(f"{source}: not a tokenizer ({error}); give another") from None
+
+
 def write_companions(source: Path, target: Path, vocab_size: int) -> dict[str, Any]:
     """Write tokenizer and generation settings into a folder.
 
     source: a folder, a tokenizer.json or a sentencepiece .model. Returns the special ids for
     config.json. Raises UserError where there is no tokenizer, or one with ids that the model lacks.
     """
-    folder = source if source.is_dir() else source.parent
+    _write_tokenizer(source, target)
+    folder = source if source.is_dir() else None
+    _check_ids(target / _TOKENIZER, vocab_size)
+    ids = _special_ids(folder, target)
+    generation = _read(folder / _GENERATION) if folder else {}
+    known = {name: value for name, value in ids.items() if value is not None}
+    _write(target / _GENERATION, generation or {"_from_model_config": True, **known})
+    return ids
+
+
+def _write_tokenizer(source: Path, target: Path) -> None:
+    """A tokenizer.json in `target`, and what else the source has beside it."""
     if source.is_dir():
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
     elif source.suffix == ".json" and source.is_file():
         shutil.copyfile(source, target / _TOKENIZER)
-    model = folder / "tokenizer.model" if source.is_dir() else source
-    if not (target / _TOKENIZER).is_file():
-        if not model.is_file() or model.suffix != ".model":
-            raise UserError(
-                f"{source}: no tokenizer there (tokenizer.json or tokenizer.model); give "
-                "--tokenizer"
-            )
-        settings = convert(model, target / _TOKENIZER)
-        if not (target / "tokenizer_config.json").is_file():
-            _write(target / "tokenizer_config.json", settings)
-    _check_ids(target / _TOKENIZER, vocab_size)
-    ids = _special_ids(folder if source.is_dir() else None, target)
-    generation = _read(folder / _GENERATION) if source.is_dir() else {}
-    known = {name: value for name, value in ids.items() if value is not None}
-    _write(target / _GENERATION, generation or {"_from_model_config": True, **known})
-    return ids
+    if (target / _TOKENIZER).is_file():
+        return
+    model = source / "tokenizer.model" if source.is_dir() else source
+    if not model.is_file() or model.suffix != ".model":
+        raise UserError(
+            f"{source}: no tokenizer there (tokenizer.json or tokenizer.model); give --tokenizer"
+        )
+    settings = convert(model, target / _TOKENIZER)
+    if not (target / "tokenizer_config.json").is_file():
+        _write(target / "tokenizer_config.json", settings)
 
 
 def _check_ids(path: Path, vocab_size: int) -> None:

@@ -91,21 +91,12 @@ def keep_tokenizer(config: Config) -> None:
 
 def build_trainer(config: Config, world: World, abilities: EngineAbilities) -> Trainer:
     """Models, optimizer and schedules, with the weights a fresh run starts from."""
-    teacher_shape = teacher_architecture(config)
-    vocabulary = align(
-        config.student.architecture.vocab_size,
-        teacher_shape.vocab_size if teacher_shape else None,
-        config.parallel.tensor,
-    )
-    students = _student(config, vocabulary, abilities)
-    teachers: list[GPTStage | None] = [None] * len(students)
-    if teacher_shape is not None:
-        teachers = [*_teacher(config, teacher_shape, vocabulary, abilities)]
+    vocabulary, pairs = build_pairs(config, abilities)
     if config.loss.fused_head:
-        for stage in (*students, *teachers):
-            if stage is not None:
-                stage.leave_head_to_loss()
-    pairs = [Pair(student, teacher) for student, teacher in zip(students, teachers, strict=True)]
+        for pair in pairs:
+            for stage in (pair.student, pair.teacher):
+                if stage is not None:
+                    stage.leave_head_to_loss()
     stages = wrap(pairs, config.parallel)
     wire(stages, config.parallel)
     dtype = DTYPES[config.training.precision]
@@ -124,7 +115,7 @@ def build_trainer(config: Config, world: World, abilities: EngineAbilities) -> T
         pipeline=Pipeline(
             world=world,
             stages=stages,
-            communicator=_communicator(config, world, pairs),
+            communicator=teacher_communicator(config, world, pairs),
             seq_length=config.training.seq_length,
             micro_batch_size=config.training.micro_batch_size,
         ),
@@ -132,7 +123,33 @@ def build_trainer(config: Config, world: World, abilities: EngineAbilities) -> T
     )
 
 
-def _student(config: Config, vocabulary: Vocabulary, abilities: EngineAbilities) -> list[GPTStage]:
+def build_pairs(
+    config: Config, abilities: EngineAbilities, student: store.Checkpoint | None = None
+) -> tuple[Vocabulary, list[Pair]]:
+    """Both models' stages on this rank, weights filled.
+
+    student: a checkpoint that the student's weights are taken from, whatever the configuration says
+    of where they start.
+    """
+    teacher_shape = teacher_architecture(config)
+    vocabulary = align(
+        config.student.architecture.vocab_size,
+        teacher_shape.vocab_size if teacher_shape else None,
+        config.parallel.tensor,
+    )
+    students = _student(config, vocabulary, abilities, student)
+    teachers: list[GPTStage | None] = [None] * len(students)
+    if teacher_shape is not None:
+        teachers = [*_teacher(config, teacher_shape, vocabulary, abilities)]
+    return vocabulary, [Pair(s, t) for s, t in zip(students, teachers, strict=True)]
+
+
+def _student(
+    config: Config,
+    vocabulary: Vocabulary,
+    abilities: EngineAbilities,
+    checkpoint: store.Checkpoint | None,
+) -> list[GPTStage]:
     stages = _stages(
         config,
         config.student.architecture,
@@ -145,7 +162,9 @@ def _student(config: Config, vocabulary: Vocabulary, abilities: EngineAbilities)
         attention_dropout=config.student.attention_dropout,
     )
     kind = source(config.student)
-    if kind == "random":
+    if checkpoint is not None:
+        store.load_weights(checkpoint, stages)
+    elif kind == "random":
         for stage in stages:
             initialize(stage, config.student.architecture, config.run.seed)
     elif kind == "hf":
@@ -218,9 +237,10 @@ def _stages(
     )
 
 
-def _communicator(
+def teacher_communicator(
     config: Config, world: World, pairs: list[Pair]
 ) -> TeacherCarryingCommunicator | None:
+    """What carries the teacher's activations; None where none travel."""
     teacher = pairs[0].teacher
     if teacher is None or world.teacher_groups is None:
         return None
@@ -245,15 +265,15 @@ def build_batches(
     """The training batches, at the trainer's position, and the held-out dataset."""
     config, world = trainer.config, trainer.world
     data = config.data
-    _check_vocabulary(config, trainer.vocabulary)
+    check_vocabulary(config, trainer.vocabulary)
     train, validation = build_datasets(
-        train_blend=_blend(data.blend),
-        valid_blend=_blend(data.validation or ()),
+        train_blend=blend_parts(data.blend),
+        valid_blend=blend_parts(data.validation or ()),
         seq_length=config.training.seq_length,
         seed=config.run.seed,
         num_train_samples=train_samples(config),
         num_valid_samples=evaluation_samples(config, world.size),
-        eod_id=_eod_id(config),
+        eod_id=eod_id(config),
         cache_path=data.cache or config.run.folder / "cache",
         eod_mask_loss=data.eod_mask_loss,
         reset_position_ids=data.reset_position_ids,
@@ -278,11 +298,12 @@ def evaluation_samples(config: Config, world_size: int) -> int:
     return -(-config.evaluation.samples // unit) * unit
 
 
-def _blend(parts: Blend) -> list[tuple[str, float]]:
+def blend_parts(parts: Blend) -> list[tuple[str, float]]:
+    """(prefix, weight) of each part, as the datasets take them."""
     return [(str(part.prefix), part.weight) for part in parts]
 
 
-def _check_vocabulary(config: Config, vocabulary: Vocabulary) -> None:
+def check_vocabulary(config: Config, vocabulary: Vocabulary) -> None:
     """Refuse data whose token ids reach beyond what both models know, as far as manifests tell."""
     for key, blend in (("blend", config.data.blend), ("validation", config.data.validation or ())):
         for part in blend:
@@ -295,7 +316,7 @@ def _check_vocabulary(config: Config, vocabulary: Vocabulary) -> None:
                 )
 
 
-def _eod_id(config: Config) -> int:
+def eod_id(config: Config) -> int:
     """The end-of-document id that the data was prepared with."""
     if config.data.eod_id is not None:
         return config.data.eod_id

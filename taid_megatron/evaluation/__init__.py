@@ -1,0 +1,1 @@
+"""How good a checkpoint is: held-out text, its teacher, last words, public suites. Read run.py."""
