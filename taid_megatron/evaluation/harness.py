@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from taid_megatron.checkpointing import store
 from taid_megatron.config.errors import UserError
 from taid_megatron.conversion.commands import export_checkpoint
@@ -122,6 +124,7 @@ def _result(task: Task, model: Path, folder: Path | None) -> dict[str, Any]:
         tasks=[task.name],
         num_fewshot=task.num_fewshot,
         task_manager=_manager(folder),
+        device="cuda" if torch.cuda.is_available() else "cpu",
     )
     figures = {
         name: value

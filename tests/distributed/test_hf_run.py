@@ -29,6 +29,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hf")
     hf_models.write("qwen2-tied", root / "student", **SIZES)
     hf_models.write("gpt_neox", root / "teacher", **SIZES, hidden_size=64, num_hidden_layers=5)
+    hf_models.write("gpt_neox", root / "side-by-side", **SIZES, num_hidden_layers=4)
+    hf_models.write("mixtral", root / "mixture", **SIZES)
     return root
 
 
@@ -129,3 +131,21 @@ def test_a_run_keeps_the_tokenizer(config, models, tmp_path) -> None:
         source = models / ("student" if settings.student.hf else "teacher")
         for name in ("tokenizer.json", "generation_config.json"):
             assert (kept / name).read_bytes() == (source / name).read_bytes()
+
+
+VPP2 = ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "teacher.layers_per_stage=[1,0,0,1]")
+SEQUENCE = ("parallel.tensor=2", "parallel.sequence_parallel=true")
+RECOMPUTE = ("training.recompute.granularity=full",)
+
+
+@pytest.mark.parametrize("layout", [VPP2, (*SEQUENCE, *RECOMPUTE)], ids=["VPP=2", "TP=2 SP"])
+def test_a_mixture_teaches_a_parallel_residual_on_every_layout(
+    config, models, tmp_path, layout
+) -> None:
+    pair = (f"student={{hf: {models / 'side-by-side'}}}", f"teacher={{hf: {models / 'mixture'}}}")
+    one = toy.train(config, tmp_path / "one", 1, *pair, "training.steps=3")
+    two = toy.train(config, tmp_path / "two", 2, *pair, "training.steps=3", *layout)
+    for name in ("loss", "kl", "grad_norm", "held_out_kl", "held_out_teacher_cross_entropy"):
+        expected = toy.column(one, name)
+        assert expected[0] > 0.01
+        assert toy.column(two, name) == pytest.approx(expected, rel=1e-5, abs=1e-6), name
