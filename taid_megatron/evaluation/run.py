@@ -98,7 +98,9 @@ def _config(model: Path, checkpoint: store.Checkpoint | None, overrides: Sequenc
     if teacher.get("hf") is None and teacher.get("checkpoint") is None:
         teacher = {}  # random weights: nothing to compare with
     student = {"hf": str(model)} if checkpoint is None else _shape(checkpoint)
-    data = {"cache": str(_cache(run)), **(tree.get("data") or {}), "blend": []}
+    data = {**(tree.get("data") or {}), "blend": []}
+    if data.get("cache") is None:
+        data["cache"] = str(_cache(run))
     merged: Tree = {
         "student": student,
         "teacher": teacher or None,
