@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from taid_megatron.models.pair import Logits
+from taid_megatron.models.pair import Outputs
 from taid_megatron.models.vocabulary import Vocabulary
 
 HEAD_TOKENS = 10
@@ -36,19 +36,22 @@ class _WholeRows:
     def _over_chunks(
         self,
         compute: Callable[..., dict[str, Tensor]],
-        logits: Logits,
+        outputs: Outputs,
         labels: Tensor,
     ) -> dict[str, Tensor]:
         """compute(student [T, V], teacher [T, V] or None, labels [T]) for all tokens, [s, b]."""
         rows = max(_CHUNK_BYTES // (4 * self.vocabulary.shared), 1)
         parts: list[dict[str, Tensor]] = []
-        student = logits.student.flatten(0, 1)
-        teacher = None if logits.teacher is None else logits.teacher.flatten(0, 1)
+        student, teacher = outputs
+        assert isinstance(student, Tensor)
+        assert teacher is None or isinstance(teacher, Tensor)
+        own = student.flatten(0, 1)
+        other = None if teacher is None else teacher.flatten(0, 1)
         flat = labels.flatten()
         for start in range(0, len(flat), rows):
             chunk = slice(start, start + rows)
-            whole = None if teacher is None else self._whole(teacher[chunk])
-            parts.append(compute(self._whole(student[chunk]), whole, flat[chunk]))
+            whole = None if other is None else self._whole(other[chunk])
+            parts.append(compute(self._whole(own[chunk]), whole, flat[chunk]))
         return {
             name: torch.cat([part[name] for part in parts]).view(labels.shape) for name in parts[0]
         }
@@ -79,9 +82,12 @@ class HeldOut(_WholeRows):
         )
 
     @torch.no_grad()
-    def __call__(self, logits: Logits, labels: Tensor) -> dict[str, Tensor]:
-        """[s, b, V/tp] logits -> per-token figures [s, b]; nats and shares."""
-        return self._over_chunks(compare, logits, labels)
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, loss_mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """[s, b, V/tp] logits -> the loss's sum, per-token figures [s, b]; nats and shares."""
+        figures = self._over_chunks(compare, outputs, labels)
+        return (figures["loss"] * loss_mask).sum(), figures
 
 
 def compare(student: Tensor, teacher: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
@@ -123,10 +129,12 @@ class LastWord(_WholeRows):
         return (*own, "teacher_loss", "teacher_accuracy") if self.with_teacher else own
 
     @torch.no_grad()
-    def __call__(self, logits: Logits, labels: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, loss_mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """[s, b, V/tp] logits -> figures of each text, the same at all its places [s, b]."""
         asked = labels != NOT_ASKED
-        found = self._over_chunks(_hits, logits, labels)
+        found = self._over_chunks(_hits, outputs, labels)
         figures: dict[str, Tensor] = {}
         for prefix in ("", "teacher_") if self.with_teacher else ("",):
             losses, hits = found[f"{prefix}loss"], found[f"{prefix}hit"]
@@ -135,7 +143,7 @@ class LastWord(_WholeRows):
                 f"{prefix}accuracy": (hits | ~asked).all(0).float(),
             }
             figures |= {name: value.expand_as(labels) for name, value in per_text.items()}
-        return figures
+        return (figures["loss"] * loss_mask).sum(), figures
 
 
 NOT_ASKED = -1

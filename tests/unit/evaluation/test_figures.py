@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from taid_megatron.evaluation.figures import NOT_ASKED, HeldOut, LastWord, compare
-from taid_megatron.models.pair import Logits
+from taid_megatron.models.pair import Outputs
 from taid_megatron.models.vocabulary import Vocabulary
 
 SHARED, PADDED = 50, 64
@@ -51,7 +51,10 @@ def test_held_out_figures_are_their_definitions(monkeypatch, chunk_bytes):
     teacher[0] = student[0] + 0.01  # agreement somewhere
     labels = torch.randint(0, SHARED, (6, 3), generator=torch.Generator().manual_seed(2))
     measure = HeldOut(VOCABULARY, None, with_teacher=True)
-    found = measure(Logits(student, teacher), labels)
+    mask = torch.ones(6, 3)
+    mask[2:] = 0
+    total, found = measure(Outputs(student, teacher), labels, mask)
+    assert total == pytest.approx(found["loss"][:2].sum())
     assert set(found) == set(measure.names)
     for s in range(6):
         for b in range(3):
@@ -77,7 +80,7 @@ def test_equal_models_agree_in_everything():
 def test_alone_a_model_has_its_cross_entropy():
     measure = HeldOut(VOCABULARY, None, with_teacher=False)
     labels = torch.zeros(6, 3, dtype=torch.int64)
-    found = measure(Logits(logits(0), None), labels)
+    _, found = measure(Outputs(logits(0), None), labels, torch.ones(6, 3))
     expected = -logits(0)[..., :SHARED].double().log_softmax(-1)[..., 0]
     assert list(found) == ["loss"]
     assert (found["loss"] - expected).abs().max() < 1e-5
@@ -91,7 +94,8 @@ def test_a_word_is_guessed_where_all_its_tokens_are():
     labels[2:4, 1] = best[2:4, 1]
     labels[3, 1] = (best[3, 1] + 1) % SHARED  # one of two right
     labels[5, 2] = best[5, 2]
-    found = LastWord(VOCABULARY, None, with_teacher=True)(Logits(student, logits(5)), labels)
+    measure = LastWord(VOCABULARY, None, with_teacher=True)
+    _, found = measure(Outputs(student, logits(5)), labels, torch.ones(6, 3))
     assert found["accuracy"][0].tolist() == [1.0, 0.0, 1.0]
     assert torch.equal(found["accuracy"], found["accuracy"][:1].expand(6, 3))
     log_q = student[..., :SHARED].log_softmax(-1)
