@@ -55,9 +55,12 @@ def trainer_logits(rank: int, size: int, config: str, changes: list[str]) -> tor
         return None if logits is None else logits.transpose(0, 1)[..., : toy.VOCABULARY]
 
 
-def test_what_was_trained_is_what_is_exported(config, models, tmp_path) -> None:
+@pytest.mark.parametrize("depth", ["a folder's", "of its own"])
+def test_what_was_trained_is_what_is_exported(config, models, tmp_path, depth) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
-    changes = overrides(models, run)
+    changes, source = overrides(models, run), "student"
+    if depth == "of its own":
+        changes[0], source = "student={init: {from: teacher, layers: [4, 1, 0, 2]}}", "teacher"
     toy.train(config, run, 2, *changes[:2], "parallel.tensor=2", save=True)
     assert main(["export", str(run), "--out", str(out)]) == 0
 
@@ -67,12 +70,12 @@ def test_what_was_trained_is_what_is_exported(config, models, tmp_path) -> None:
     assert [names for names in info.values() if names] == []
     with torch.no_grad():
         assert (model(IDS).logits - expected).abs().max() <= 2e-5
-        before = automatic.from_pretrained(models / "student")(IDS).logits
+        before = automatic.from_pretrained(models / source)(IDS).logits
     assert (before - expected).abs().max() > 1e-2
-    assert model.config.tie_word_embeddings
-    assert (out / "tokenizer.json").read_bytes() == (
-        models / "student" / "tokenizer.json"
-    ).read_bytes()
+    assert model.config.tie_word_embeddings == (source == "student")
+    assert model.config.num_hidden_layers == (2 if source == "student" else 4)
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (models / source / name).read_bytes()
 
 
 def test_a_student_of_the_teacher_s_layers(config, models, tmp_path) -> None:
