@@ -188,6 +188,10 @@ class Teacher(Section):
             raise ValueError(
                 "give one of 'hf', 'checkpoint' or 'architecture', and no more (null removes one)"
             )
+        if self.hf is not None and self.architecture is None:
+            raise ValueError(
+                "'hf' needs its architecture, which config/load.py reads in the folder"
+            )
         return self
 
 

@@ -58,7 +58,7 @@ def check_weights(config: Config, teacher_architecture: Architecture | None) -> 
             raise ConfigError("student.init.from=hf needs student.hf; give the folder")
         _check_folder("student", student.hf, student.architecture)
     if teacher is not None and teacher.hf is not None:
-        assert teacher.architecture is not None
+        assert teacher.architecture is not None  # the schema has seen to it
         _check_folder("teacher", teacher.hf, teacher.architecture)
     if source(student) == "teacher":
         if teacher is None or (teacher.hf is None and teacher.checkpoint is None):

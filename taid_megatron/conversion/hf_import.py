@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from taid_megatron.config.errors import UserError
-from taid_megatron.config.hf import FAMILIES, differing, read
+from taid_megatron.config.hf import differing, read
 from taid_megatron.config.schema import Architecture
 from taid_megatron.conversion import segments
 from taid_megatron.conversion.families import NEVER_WEIGHTS, NOT_WEIGHTS, TABLES, Table
@@ -53,15 +53,16 @@ def import_hf(
     consists of, in order; None: all. Returns the names of tensors that were left unused, on
     purpose. Raises UserError where folder and architecture do not fit.
     """
-    if field := differing(read(folder), architecture):
+    found = read(folder)
+    if field := differing(found, architecture):
         raise UserError(
-            f"{folder}: its {field} is {getattr(read(folder), field)}, not "
+            f"{folder}: its {field} is {getattr(found, field)}, not "
             f"{getattr(architecture, field)}; leave the architecture to the folder"
         )
-    family = FAMILIES[read(folder).hf_family or ""]
-    table = TABLES[family.model_type]
+    assert found.hf_family is not None
+    table = TABLES[found.hf_family]
     source = open_folder(folder)
-    unused = check_tensors(source, family.model_type, architecture)
+    unused = check_tensors(source, found.hf_family, architecture)
     fill(stages, source, architecture, table, vocabulary, layers=layers)
     return unused
 

@@ -1,4 +1,4 @@
-"""An import's memory: each rank's own share and little else. Slow: a model of 1 GB is written."""
+"""Memory of an import (a rank's own share) and an export (a parameter). Slow: 1 GB is written."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+from safetensors import safe_open
 
+from taid_megatron.cli import main
 from taid_megatron.config.hf import FAMILIES, read, write
 from taid_megatron.config.schema import Architecture, Parallel
 from taid_megatron.conversion import safetensors_file, segments
@@ -80,3 +83,29 @@ def test_a_rank_holds_its_share_and_a_slice(folder: Path, tensor: int) -> None:
         print(f"peak {extra / MIB:.0f} MiB, share {share / MIB:.0f} MiB")
         assert share > 450 * MIB
         assert extra <= 1.15 * share + 256 * MIB
+
+
+def exported(rank: int, size: int, checkpoint: Path, out: Path) -> int:
+    """Peak above the size before, bytes."""
+    peak_bytes(reset=True)
+    before = peak_bytes()
+    assert main(["export", str(checkpoint), "--out", str(out), "--max-shard-size", "2GB"]) == 0
+    return peak_bytes() - before
+
+
+@pytest.mark.slow
+def test_an_export_holds_a_parameter_and_a_tensor(folder: Path, tmp_path: Path) -> None:
+    """The largest, a layer's gate and up projection, has 32 MiB; the file has 1 GB."""
+    words = {f"w{number}": number for number in range(GIGABYTE.vocab_size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "w0"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    command = ["import", "--hf", str(folder), "--out", str(tmp_path / "checkpoint")]
+    run_ranks(2, lambda rank, size: main(command))
+    (extra,) = run_ranks(1, exported, tmp_path / "checkpoint", tmp_path / "out")
+    print(f"peak {extra / MIB:.0f} MiB")
+    assert extra <= 256 * MIB
+    name = "model.safetensors"
+    with safe_open(tmp_path / "out" / name, "pt") as ours, safe_open(folder / name, "pt") as theirs:
+        assert sorted(ours.keys()) == sorted(theirs.keys())
+        for tensor in ours.keys():  # noqa: SIM118
+            assert torch.equal(ours.get_tensor(tensor), theirs.get_tensor(tensor)), tensor

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import load_file, save_file
 
 from taid_megatron.checkpointing import store
 from taid_megatron.cli import main
@@ -122,6 +124,24 @@ def gathered(own: dict[str, torch.Tensor], world) -> dict[str, torch.Tensor]:
     named = {name: tensor.detach().clone() for name, tensor in own.items()}
     dist.all_gather_object(parts, named, group=world.groups.pp)
     return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def test_an_import_that_fails_leaves_nothing(models, tmp_path, capfd) -> None:
+    damaged, out = tmp_path / "damaged", tmp_path / "out"
+    shutil.copytree(models / "student", damaged)
+    weights = load_file(damaged / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, damaged / "model.safetensors")
+    command = ["import", "--hf", str(damaged), "--out", str(out)]
+    assert run_ranks(2, lambda rank, size: main(command)) == [2, 2]
+    assert (
+        f"{damaged}: model.norm.weight is missing; get the whole folder" in capfd.readouterr().err
+    )
+    assert not out.exists()
+    out.mkdir()
+    (out / "something").touch()
+    assert main([*command[:2], str(models / "student"), *command[3:]]) == 2
+    assert f"{out}: exists" in capfd.readouterr().err
 
 
 def test_a_run_keeps_the_tokenizer(config, models, tmp_path) -> None:
