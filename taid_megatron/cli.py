@@ -12,12 +12,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from taid_megatron import __version__
 from taid_megatron.config.errors import UserError
+from taid_megatron.config.schema import HFFamily
 
 app = typer.Typer(
     help="Pre-training distillation: teacher and student in one Megatron pipeline.",
@@ -61,6 +62,95 @@ def quickstart(
     from taid_megatron.quickstart import run
 
     return run(folder=folder, fresh=fresh)
+
+
+@app.command(name="import")
+def import_(
+    hf: Annotated[str, typer.Option(help="Folder of a Hugging Face model, or a hub name.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint's folder.")],
+    dtype: Annotated[
+        Literal["fp32", "bf16"] | None, typer.Option(help="Of the weights; none: the source's.")
+    ] = None,
+) -> int:
+    """Turn a Hugging Face model into a checkpoint."""
+    from taid_megatron.conversion.commands import import_folder
+
+    return import_folder(Path(hf), out, dtype)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A step_* folder, or a run's.")],
+    out: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(help="Of the weights; none: as they are stored."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Folder, tokenizer.json or .model; none: the one kept with it."),
+    ] = None,
+    family: Annotated[
+        HFFamily | None, typer.Option(help="model_type to write; none: the architecture's.")
+    ] = None,
+    max_position_embeddings: Annotated[
+        int | None, typer.Option(help="Longest sequence; none: the architecture's, or seq_length.")
+    ] = None,
+) -> int:
+    """Turn a checkpoint into a Hugging Face model."""
+    from taid_megatron.conversion.commands import export_checkpoint
+
+    return export_checkpoint(
+        checkpoint,
+        out,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        tokenizer=tokenizer,
+        family=family,
+        max_position_embeddings=max_position_embeddings,
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        Path, typer.Argument(help="A step_* folder, a run's, or a Hugging Face model's.")
+    ],
+    overrides: Overrides = None,
+    last_word: Annotated[
+        Path | None, typer.Option(help='JSON lines {"text": ...}: guess the last word.')
+    ] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="Public tasks by lm-eval: leaderboard, smollm.")
+    ] = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="Folder of lm-eval's task files that --suite may name.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder, tokenizer.json or .model; none: the one kept.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for evaluation.json and evaluation.md.")
+    ] = None,
+) -> int:
+    """Measure a model: held-out text, its teacher, last words, public suites.
+
+    A run's teacher, held-out data and length are taken from its config.yaml; settings replace them,
+    such as teacher.hf=FOLDER data.validation=PREFIX training.seq_length=512 evaluation.samples=256
+    parallel.tensor=2.
+    """
+    from taid_megatron.evaluation.run import evaluate as run
+
+    return run(
+        model,
+        overrides or (),
+        last_word=last_word,
+        suites=suite or (),
+        tasks=tasks,
+        tokenizer=tokenizer,
+        out=out,
+    )
 
 
 def _print_version(asked: bool) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from .batches import data_parallel_size, train_steps
 from .errors import ConfigError
 from .schema import Architecture, Blend, Config, Parallel
+from .weights import check_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +37,23 @@ def check(
     *,
     teacher_architecture: Architecture | None = None,
     engine: EngineAbilities,
+    trains: bool = True,
 ) -> None:
     """Raise ConfigError for the first thing that does not fit; read-only, no torch.
 
     `world_size` counts ranks; None: not known yet, its checks are left out.
-    `teacher_architecture` is that of `teacher.checkpoint`, once the caller has read it.
+    `teacher_architecture` is that of `teacher.checkpoint`, once the caller has read it. `trains`:
+    False leaves out what a run needs and an evaluation does not: length, data, folders.
     """
     _check_parallel(config.parallel, engine)
     _check_models(config, teacher_architecture)
+    check_weights(config, teacher_architecture)
     _check_recompute(config)
     if world_size is not None:
         _check_world_size(config.parallel, world_size, engine)
     _check_batches(config, world_size)
+    if not trains:
+        return
     _check_length(config)
     _check_logging(config, engine)
     _check_inputs(config)
@@ -128,7 +134,7 @@ def _check_models(config: Config, teacher_architecture: Architecture | None) -> 
         if config.loss.name != "cross_entropy":
             raise ConfigError(
                 f"loss.name={config.loss.name} needs a teacher, and teacher is not given; add "
-                "teacher.checkpoint, or set loss.name=cross_entropy"
+                "teacher.hf or teacher.checkpoint, or set loss.name=cross_entropy"
             )
         return
     if teacher.checkpoint is not None and not os.path.isdir(teacher.checkpoint):
@@ -161,6 +167,11 @@ def _check_architecture(model: str, shape: Architecture, tensor: int) -> None:
             f"{where}: rotary_percent={shape.rotary_percent} of {shape.head_channels} channels per "
             f"head rotates {rotated}, expected an even number above 0; change "
             f"{where}.rotary_percent or kv_channels"
+        )
+    if shape.num_moe_experts is not None and shape.moe_router_topk > shape.num_moe_experts:
+        raise ConfigError(
+            f"{where}.moe_router_topk={shape.moe_router_topk} is above num_moe_experts="
+            f"{shape.num_moe_experts}; lower it"
         )
     _check_tensor(where, shape, tensor)
 
@@ -208,19 +219,19 @@ def _check_split(
         if shape.num_layers % stages:
             raise ConfigError(
                 f"{layers} is not divisible by {layout}; change one of them, or give "
-                f"{model}.layers_per_stage, such as {_near_even(shape.num_layers, stages)}"
+                f"{model}.layers_per_stage, such as {near_even(shape.num_layers, stages)}"
             )
         return
     given = f"{model}.layers_per_stage={list(layers_per_stage)}"
     if len(layers_per_stage) != stages:
         raise ConfigError(
             f"{given} has {len(layers_per_stage)} entries, expected {stages} for {layout}; "
-            f"give one per stage in model order, such as {_near_even(shape.num_layers, stages)}"
+            f"give one per stage in model order, such as {near_even(shape.num_layers, stages)}"
         )
     if sum(layers_per_stage) != shape.num_layers:
         raise ConfigError(
             f"{given} sums to {sum(layers_per_stage)}, expected {layers}; "
-            f"give, for example, {_near_even(shape.num_layers, stages)}"
+            f"give, for example, {near_even(shape.num_layers, stages)}"
         )
 
 
@@ -228,7 +239,8 @@ def _num_stages(parallel: Parallel) -> int:
     return parallel.pipeline * (parallel.virtual_pipeline or 1)
 
 
-def _near_even(layers: int, stages: int) -> list[int]:
+def near_even(layers: int, stages: int) -> list[int]:
+    """Layers per stage that differ by one at most."""
     return [layers // stages + (stage < layers % stages) for stage in range(stages)]
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from .errors import ConfigError
 from .explain import cut, explain
 from .schema import Config
+from .weights import with_architectures
 
 Tree = dict[str, Any]
 
@@ -29,12 +30,23 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     whole. Relative paths stay relative to the current directory, `~` is expanded. Raises
     ConfigError, one line.
     """
-    tree = _parse(_read(Path(path)), str(path))
+    tree = read_tree(path)
+    return from_tree(tree, str(path), overrides)
+
+
+def read_tree(path: str | Path) -> Tree:
+    """The sections in a YAML file, values unchecked. Raises ConfigError, one line."""
+    return _parse(_read(Path(path)), str(path))
+
+
+def from_tree(tree: Tree, source: str, overrides: Sequence[str] = ()) -> Config:
+    """As `load`, of sections that did not come from a file as they are; source: what to call it."""
     overridden = [_override(tree, text) for text in overrides]
+    tree = with_architectures(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(explain(error, Config, str(path), overridden)) from None
+        raise ConfigError(explain(error, Config, source, overridden)) from None
     values = config.model_dump()
     _refuse_truth_as_number(tree, values)
     return Config.model_validate(_expand(values))

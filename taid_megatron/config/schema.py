@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+HFFamily = Literal["llama", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox", "stablelm", "mixtral"]
 
 
 class Section(BaseModel):
@@ -30,8 +31,32 @@ class Section(BaseModel):
     )
 
 
+class RotaryScaling(Section):
+    """Rotary angles stretched beyond the length a model was first trained on."""
+
+    kind: Literal["linear", "llama3"]
+    """'linear': all frequencies divided by factor; 'llama3': the low ones, smoothly."""
+    factor: Annotated[float, Field(ge=1)]
+    """Largest division of a frequency."""
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Of 'llama3': wavelengths above original_max_position_embeddings / this are divided whole."""
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    """Of 'llama3': wavelengths below original_max_position_embeddings / this stay as they are."""
+    original_max_position_embeddings: Positive = 8192
+    """Of 'llama3': the length before stretching."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RotaryScaling:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor "
+                f"{self.high_freq_factor}"
+            )
+        return self
+
+
 class Architecture(Section):
-    """A decoder-only transformer of the Llama shape (the names are Megatron's)."""
+    """A decoder-only transformer with rotary positions (the names are Megatron's)."""
 
     num_layers: Positive
     """Transformer layers over all pipeline stages."""
@@ -60,14 +85,27 @@ class Architecture(Section):
     """Biases in the query, key and value projections only (Qwen2)."""
     qk_layernorm: bool = False
     """Normalise queries and keys per head (Qwen3)."""
-    rotary_base: Positive = 10000
+    parallel_residual: bool = False
+    """Attention and feed-forward block both read the layer's input, each through its own norm
+    (GPT-NeoX), instead of one after the other."""
+    num_moe_experts: Annotated[int, Field(ge=2)] | None = None
+    """Feed-forward blocks of a mixture (Mixtral), a teacher's only; none: dense."""
+    moe_router_topk: Positive = 2
+    """Of a mixture: experts per token; their softmax weights sum to 1."""
+    rotary_base: Annotated[float, Field(gt=0)] = 10000
     """Base period of the rotary position embedding."""
+    rotary_scaling: RotaryScaling | None = None
+    """Stretched angles (Llama 3.1 and later); none: plain."""
     rotary_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each head's channels that is rotated."""
     sliding_window: Positive | None = None
     """A token sees itself and the sliding_window - 1 tokens before it; none: all before it."""
     tie_embeddings: bool = False
     """The output layer shares the input embedding's weight."""
+    max_position_embeddings: Positive | None = None
+    """Longest sequence the model is meant for; it changes nothing here and is written on export."""
+    hf_family: HFFamily | None = None
+    """Hugging Face's model_type to export as; none: the first of these that fits."""
     init_method_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of random weights (scaled by 1/sqrt(2 * num_layers) on output layers)."""
 
@@ -95,11 +133,33 @@ class Architecture(Section):
         return -(-self.hidden_size * 8 // (3 * 64)) * 64 if self.gated else 4 * self.hidden_size
 
 
+class Init(Section):
+    """Where the student's weights start, when not in its own checkpoint."""
+
+    source: Literal["random", "hf", "teacher"]
+    """Also `from`. 'random': by run.seed; 'hf': student.hf; 'teacher': some of its layers."""
+    layers: tuple[NotNegative, ...] | None = None
+    """Of 'teacher': its layers, counted from 0, that become the student's, in this order."""
+
+    @model_validator(mode="after")
+    def _layers_of_teacher(self) -> Init:
+        if (self.source == "teacher") != (self.layers is not None):
+            raise ValueError("'layers' goes with 'from: teacher', and with nothing else")
+        if self.layers is not None and not self.layers:
+            raise ValueError("'layers' is empty; name the teacher's layers to keep")
+        return self
+
+
 class Student(Section):
     """The model that is trained."""
 
+    hf: Path | None = None
+    """A Hugging Face model folder (or a hub name): its architecture, and its weights to start
+    from."""
     architecture: Architecture
-    """Its shape; the weights start at random, by run.seed."""
+    """Its shape; not needed beside hf, or beside init from a teacher that is hf or a shape."""
+    init: Init | None = None
+    """Where the weights start; none: hf where given, else random."""
     layers_per_stage: tuple[NotNegative, ...] | None = None
     """Layers of each (virtual) pipeline stage in model order; none: an even split."""
     hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -109,12 +169,14 @@ class Student(Section):
 
 
 class Teacher(Section):
-    """The frozen model the student learns from: a checkpoint of this system, or random weights."""
+    """The frozen model the student learns from: Hugging Face's, a checkpoint, or random weights."""
 
+    hf: Path | None = None
+    """A Hugging Face model folder (or a hub name)."""
     checkpoint: Path | None = None
     """A checkpoint folder, or a run folder (its newest checkpoint); carries its architecture."""
     architecture: Architecture | None = None
-    """A shape with random weights, for tests and benchmarks."""
+    """Beside hf: its shape, filled in. Alone: random weights, for tests and benchmarks."""
     layers_per_stage: tuple[NotNegative, ...] | None = None
     """As the student's; the teacher has a split of its own."""
     precision: Literal["fp32", "bf16"] | None = None
@@ -122,9 +184,13 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Teacher:
-        if (self.checkpoint is None) == (self.architecture is None):
+        if (self.checkpoint is None) == (self.architecture is None and self.hf is None):
             raise ValueError(
-                "give either 'checkpoint' or 'architecture', and not both (null removes one)"
+                "give one of 'hf', 'checkpoint' or 'architecture', and no more (null removes one)"
+            )
+        if self.hf is not None and self.architecture is None:
+            raise ValueError(
+                "'hf' needs its architecture, which config/load.py reads in the folder"
             )
         return self
 

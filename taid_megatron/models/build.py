@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -20,6 +21,7 @@ from torch.nn import functional
 from taid_megatron.config.checks import EngineAbilities
 from taid_megatron.config.schema import Architecture, Parallel, Recompute
 from taid_megatron.models.attention import TorchAttention
+from taid_megatron.models.layer_variants import ParallelResidualLayer, stretch
 from taid_megatron.models.local_layers import RotaryAttention, gated
 from taid_megatron.models.norms import norm_for
 from taid_megatron.models.vocabulary import Vocabulary
@@ -136,10 +138,13 @@ def transformer_config(
         # Megatron has the first for gated activations alone
         bias_activation_fusion=abilities.has_cuda and architecture.gated,
         # what lets a layer's spec name the activation, Transformer Engine or not
-        use_te_activation_func=architecture.gated and not abilities.has_cuda,
+        use_te_activation_func=architecture.gated
+        and architecture.num_moe_experts is None
+        and not abilities.has_cuda,
         bias_dropout_fusion=abilities.has_cuda,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        **_mixture_options(architecture),
         **_recompute_options(recompute),
     )
 
@@ -175,6 +180,9 @@ def build_stages(
             vp_stage=vp_stage,
         )
         stage.reset_positions = reset_positions
+        if architecture.rotary_scaling is not None:
+            rotary = stage.rotary_pos_emb
+            rotary.inv_freq = stretch(rotary.inv_freq, architecture.rotary_scaling)
         stages.append(stage)
     return stages
 
@@ -190,6 +198,22 @@ def _pipeline_layout(layers_per_stage: tuple[int, ...] | None) -> list[list[str]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout
+
+
+def _mixture_options(architecture: Architecture) -> dict:
+    """A mixture that is not trained: no auxiliary loss, no capacity, weights that sum to 1."""
+    if architecture.num_moe_experts is None:
+        return {}
+    # megatron-core 0.16 asks for this name without Transformer Engine, too, and leaves it undefined
+    vars(moe_utils).setdefault("te_general_gemm", None)
+    return {
+        "num_moe_experts": architecture.num_moe_experts,
+        "moe_ffn_hidden_size": architecture.ffn_width,
+        "moe_router_topk": architecture.moe_router_topk,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "allgather",
+    }
 
 
 def _recompute_options(recompute: Recompute | None) -> dict:
@@ -213,8 +237,12 @@ def _block_spec(
     """megatron-core's local layers with torch's attention and sequence-parallel norms."""
     norm = norm_for(architecture.normalization)
     layer: ModuleSpec = get_gpt_layer_local_spec(
-        normalization=architecture.normalization, qk_layernorm=architecture.qk_layernorm
+        num_experts=architecture.num_moe_experts,
+        normalization=architecture.normalization,
+        qk_layernorm=architecture.qk_layernorm,
     )
+    if architecture.parallel_residual:
+        layer.module = ParallelResidualLayer
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm
     layer.submodules.self_attention.module = RotaryAttention

@@ -19,8 +19,9 @@ from taid_megatron.checkpointing import store
 from taid_megatron.config.batches import global_batch_size_at
 from taid_megatron.config.checks import check
 from taid_megatron.config.errors import ConfigError
+from taid_megatron.config.hf import differing
 from taid_megatron.config.load import dump
-from taid_megatron.config.schema import Config
+from taid_megatron.config.schema import Architecture, Config
 from taid_megatron.data.loader import DistributedBatches
 from taid_megatron.runtime import distributed
 from taid_megatron.runtime.distributed import any_rank
@@ -34,6 +35,7 @@ from taid_megatron.training.setup import (
     Trainer,
     build_batches,
     build_trainer,
+    keep_tokenizer,
     teacher_architecture,
 )
 
@@ -64,6 +66,7 @@ def run(config: Config) -> int:
         if world.is_main:
             config.run.folder.mkdir(parents=True, exist_ok=True)
             (config.run.folder / "config.yaml").write_text(dump(config))
+            keep_tokenizer(config)
         dist.barrier()
         batches, validation = build_batches(trainer)
         with batches, _metrics(trainer) as metrics:
@@ -188,6 +191,7 @@ def _save(trainer: Trainer) -> None:
                 "taid": trainer.schedule.state_dict() if trainer.schedule else None,
                 "ctkd": trainer.temperature.state_dict() if trainer.temperature else None,
                 "architecture": config.student.architecture.model_dump(mode="json"),
+                "seq_length": config.training.seq_length,
                 "layout": _layout(trainer),
                 "distributed_optimizer": config.parallel.distributed_optimizer,
                 "versions": {"taid_megatron": __version__, "torch": torch.__version__},
@@ -243,16 +247,11 @@ def _resume(trainer: Trainer) -> None:
 def _refuse_other_model(
     config: Config, state: dict[str, Any], checkpoint: store.Checkpoint
 ) -> None:
-    wanted = config.student.architecture.model_dump(mode="json")
-    different = {
-        name: (state["architecture"].get(name), value)
-        for name, value in wanted.items()
-        if state["architecture"].get(name) != value
-    }
-    if different:
-        name, (saved, value) = next(iter(different.items()))
+    saved, wanted = Architecture.model_validate(state["architecture"]), config.student.architecture
+    if name := differing(saved, wanted):
         raise ConfigError(
-            f"student.architecture.{name} is {value}, {checkpoint.path} has {saved}: {_OR_ELSE}"
+            f"student.architecture.{name} is {getattr(wanted, name)}, {checkpoint.path} has "
+            f"{getattr(saved, name)}: {_OR_ELSE}"
         )
     for name, what in (("taid", "TAID schedule"), ("ctkd", "CTKD temperature")):
         saved_one = state.get(name) is not None

@@ -17,6 +17,10 @@ from taid_megatron.config.batches import data_parallel_size, train_samples, trai
 from taid_megatron.config.checks import EngineAbilities
 from taid_megatron.config.errors import ConfigError
 from taid_megatron.config.schema import Architecture, Blend, Config
+from taid_megatron.config.weights import source
+from taid_megatron.conversion import companions
+from taid_megatron.conversion.checkpoint import import_checkpoint
+from taid_megatron.conversion.hf_import import import_hf
 from taid_megatron.data.datasets import build_datasets
 from taid_megatron.data.loader import DistributedBatches
 from taid_megatron.models.build import DTYPES, GPTStage, build_stages, transformer_config
@@ -63,7 +67,7 @@ class Trainer:
 
 
 def teacher_architecture(config: Config) -> Architecture | None:
-    """The teacher's shape: the configuration's, or what its checkpoint says."""
+    """The teacher's shape: the configuration's (teacher.hf as well), or its checkpoint's."""
     if config.teacher is None:
         return None
     if config.teacher.architecture is not None:
@@ -73,23 +77,26 @@ def teacher_architecture(config: Config) -> Architecture | None:
     return Architecture.model_validate(state["architecture"])
 
 
+def keep_tokenizer(config: Config) -> None:
+    """Keep what an export needs beside the weights, from the student's or the teacher's folder."""
+    student, teacher = config.student, config.teacher
+    folders = [student.hf, teacher.hf if teacher else None]
+    if teacher is not None and teacher.checkpoint is not None:
+        folders.append(companions.find(store.find(teacher.checkpoint).path))
+    for folder in folders:
+        if folder is not None and companions.has_tokenizer(folder):
+            companions.keep(folder, config.run.folder / companions.FOLDER)
+            return
+
+
 def build_trainer(config: Config, world: World, abilities: EngineAbilities) -> Trainer:
     """Models, optimizer and schedules, with the weights a fresh run starts from."""
-    teacher_shape = teacher_architecture(config)
-    vocabulary = align(
-        config.student.architecture.vocab_size,
-        teacher_shape.vocab_size if teacher_shape else None,
-        config.parallel.tensor,
-    )
-    students = _student(config, vocabulary, abilities)
-    teachers: list[GPTStage | None] = [None] * len(students)
-    if teacher_shape is not None:
-        teachers = [*_teacher(config, teacher_shape, vocabulary, abilities)]
+    vocabulary, pairs = build_pairs(config, abilities)
     if config.loss.fused_head:
-        for stage in (*students, *teachers):
-            if stage is not None:
-                stage.leave_head_to_loss()
-    pairs = [Pair(student, teacher) for student, teacher in zip(students, teachers, strict=True)]
+        for pair in pairs:
+            for stage in (pair.student, pair.teacher):
+                if stage is not None:
+                    stage.leave_head_to_loss()
     stages = wrap(pairs, config.parallel)
     wire(stages, config.parallel)
     dtype = DTYPES[config.training.precision]
@@ -108,7 +115,7 @@ def build_trainer(config: Config, world: World, abilities: EngineAbilities) -> T
         pipeline=Pipeline(
             world=world,
             stages=stages,
-            communicator=_communicator(config, world, pairs),
+            communicator=teacher_communicator(config, world, pairs),
             seq_length=config.training.seq_length,
             micro_batch_size=config.training.micro_batch_size,
         ),
@@ -116,7 +123,33 @@ def build_trainer(config: Config, world: World, abilities: EngineAbilities) -> T
     )
 
 
-def _student(config: Config, vocabulary: Vocabulary, abilities: EngineAbilities) -> list[GPTStage]:
+def build_pairs(
+    config: Config, abilities: EngineAbilities, student: store.Checkpoint | None = None
+) -> tuple[Vocabulary, list[Pair]]:
+    """Both models' stages on this rank, weights filled.
+
+    student: a checkpoint that the student's weights are taken from, whatever the configuration says
+    of where they start.
+    """
+    teacher_shape = teacher_architecture(config)
+    vocabulary = align(
+        config.student.architecture.vocab_size,
+        teacher_shape.vocab_size if teacher_shape else None,
+        config.parallel.tensor,
+    )
+    students = _student(config, vocabulary, abilities, student)
+    teachers: list[GPTStage | None] = [None] * len(students)
+    if teacher_shape is not None:
+        teachers = [*_teacher(config, teacher_shape, vocabulary, abilities)]
+    return vocabulary, [Pair(s, t) for s, t in zip(students, teachers, strict=True)]
+
+
+def _student(
+    config: Config,
+    vocabulary: Vocabulary,
+    abilities: EngineAbilities,
+    checkpoint: store.Checkpoint | None,
+) -> list[GPTStage]:
     stages = _stages(
         config,
         config.student.architecture,
@@ -128,9 +161,40 @@ def _student(config: Config, vocabulary: Vocabulary, abilities: EngineAbilities)
         hidden_dropout=config.student.hidden_dropout,
         attention_dropout=config.student.attention_dropout,
     )
-    for stage in stages:
-        initialize(stage, config.student.architecture, config.run.seed)
+    kind = source(config.student)
+    if checkpoint is not None:
+        store.load_weights(checkpoint, stages)
+    elif kind == "random":
+        for stage in stages:
+            initialize(stage, config.student.architecture, config.run.seed)
+    elif kind == "hf":
+        assert config.student.hf is not None
+        import_hf(config.student.hf, stages, config.student.architecture, vocabulary)
+    else:
+        assert config.student.init is not None
+        _fill_from_teacher(config, stages, vocabulary, config.student.init.layers)
     return stages
+
+
+def _fill_from_teacher(
+    config: Config,
+    stages: list[GPTStage],
+    vocabulary: Vocabulary,
+    layers: tuple[int, ...] | None = None,
+) -> None:
+    """Weights of the teacher's file; layers: those of it that the stages consist of; None: all."""
+    teacher, architecture = config.teacher, teacher_architecture(config)
+    assert teacher is not None
+    assert architecture is not None
+    if teacher.hf is not None:
+        import_hf(teacher.hf, stages, architecture, vocabulary, layers=layers)
+        return
+    assert teacher.checkpoint is not None
+    checkpoint = store.find(teacher.checkpoint)
+    if layers is None:
+        store.load_weights(checkpoint, stages)
+    else:
+        import_checkpoint(checkpoint.path, stages, architecture, vocabulary, layers=layers)
 
 
 def _teacher(
@@ -148,11 +212,11 @@ def _teacher(
         precision=config.teacher.precision or config.training.precision,
         layers_per_stage=config.teacher.layers_per_stage,
     )
-    if config.teacher.checkpoint is not None:
-        store.load_weights(store.find(config.teacher.checkpoint), stages)
-    else:
+    if config.teacher.hf is None and config.teacher.checkpoint is None:
         for stage in stages:
             initialize(stage, architecture, config.run.seed + 1)
+    else:
+        _fill_from_teacher(config, stages, vocabulary)
     return stages
 
 
@@ -173,9 +237,10 @@ def _stages(
     )
 
 
-def _communicator(
+def teacher_communicator(
     config: Config, world: World, pairs: list[Pair]
 ) -> TeacherCarryingCommunicator | None:
+    """What carries the teacher's activations; None where none travel."""
     teacher = pairs[0].teacher
     if teacher is None or world.teacher_groups is None:
         return None
@@ -200,15 +265,15 @@ def build_batches(
     """The training batches, at the trainer's position, and the held-out dataset."""
     config, world = trainer.config, trainer.world
     data = config.data
-    _check_vocabulary(config, trainer.vocabulary)
+    check_vocabulary(config, trainer.vocabulary)
     train, validation = build_datasets(
-        train_blend=_blend(data.blend),
-        valid_blend=_blend(data.validation or ()),
+        train_blend=blend_parts(data.blend),
+        valid_blend=blend_parts(data.validation or ()),
         seq_length=config.training.seq_length,
         seed=config.run.seed,
         num_train_samples=train_samples(config),
         num_valid_samples=evaluation_samples(config, world.size),
-        eod_id=_eod_id(config),
+        eod_id=eod_id(config),
         cache_path=data.cache or config.run.folder / "cache",
         eod_mask_loss=data.eod_mask_loss,
         reset_position_ids=data.reset_position_ids,
@@ -233,11 +298,12 @@ def evaluation_samples(config: Config, world_size: int) -> int:
     return -(-config.evaluation.samples // unit) * unit
 
 
-def _blend(parts: Blend) -> list[tuple[str, float]]:
+def blend_parts(parts: Blend) -> list[tuple[str, float]]:
+    """(prefix, weight) of each part, as the datasets take them."""
     return [(str(part.prefix), part.weight) for part in parts]
 
 
-def _check_vocabulary(config: Config, vocabulary: Vocabulary) -> None:
+def check_vocabulary(config: Config, vocabulary: Vocabulary) -> None:
     """Refuse data whose token ids reach beyond what both models know, as far as manifests tell."""
     for key, blend in (("blend", config.data.blend), ("validation", config.data.validation or ())):
         for part in blend:
@@ -250,7 +316,7 @@ def _check_vocabulary(config: Config, vocabulary: Vocabulary) -> None:
                 )
 
 
-def _eod_id(config: Config) -> int:
+def eod_id(config: Config) -> int:
     """The end-of-document id that the data was prepared with."""
     if config.data.eod_id is not None:
         return config.data.eod_id

@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("quickstart",),
+    ("evaluation",),
     ("training",),
     ("conversion",),
     ("models", "checkpointing"),

@@ -77,10 +77,8 @@ def consistent(section: str, tree: dict[str, Any]) -> dict[str, Any]:
     """What a section demands of its values together."""
     if section == "Training":
         tree["steps"], tree["tokens"] = (tree["steps"], None) if tree["steps"] else (None, 7)
-    if section == "Teacher" and tree["architecture"] is None:
-        tree["checkpoint"] = tree["checkpoint"] or "teacher"
-    elif section == "Teacher":
-        tree["checkpoint"] = None
+    if section in ("Student", "Teacher", "Init", "RotaryScaling"):
+        model(section, tree)
     if section == "Taid":
         tree["t_start"], tree["t_end"] = sorted((tree["t_start"], tree["t_end"]))
     if section == "Loss":
@@ -91,6 +89,20 @@ def consistent(section: str, tree: dict[str, Any]) -> dict[str, Any]:
     if section == "Optimizer":
         tree["min_lr"], tree["lr"] = sorted((tree["min_lr"], tree["lr"]))
     return tree
+
+
+def model(section: str, tree: dict[str, Any]) -> None:
+    """The same, of a model's sections."""
+    if section in ("Student", "Teacher"):
+        tree["hf"] = None  # a folder that is there would be needed
+    if section == "Teacher":
+        checkpoint = tree["checkpoint"] or "teacher"
+        tree["checkpoint"] = checkpoint if tree["architecture"] is None else None
+    if section == "Init":
+        layers = tree["layers"] or [0]
+        tree["layers"] = layers if tree["source"] == "teacher" else None
+    if section == "RotaryScaling":
+        tree["low_freq_factor"], tree["high_freq_factor"] = 1.5, 2.5
 
 
 @settings(

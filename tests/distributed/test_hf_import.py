@@ -1,0 +1,93 @@
+"""Weights of Hugging Face models under every layout: logits as transformers computes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from taid_megatron.config.hf import read
+from taid_megatron.config.schema import Parallel
+from taid_megatron.conversion.hf_import import import_hf
+from taid_megatron.models.build import build_stages, transformer_config
+from taid_megatron.models.vocabulary import align
+from taid_megatron.runtime import distributed
+
+from . import hf_models
+from .ranks import run_ranks
+
+LAYOUTS = {"1x1": (1, 1), "TP=2": (2, 1), "PP=2": (1, 2), "TP=2 PP=2": (2, 2)}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hf")
+    options: dict = {"mistral": {"max_shard_size": "20KB"}, "qwen3": {"as_bin": True}}
+    for name in hf_models.MODELS:
+        hf_models.write(name, root / name, **options.get(name, {}))
+    assert len(list((root / "mistral").glob("*.safetensors"))) > 2
+    for name in ("llama", "gpt_neox", "stablelm"):
+        hf_models.older(root / name)
+    return root
+
+
+def differences(rank: int, size: int, root: Path, tensor: int, pipeline: int) -> dict[str, float]:
+    """Per model the largest difference to transformers' logits; all models in one process."""
+    world = distributed.start(Parallel(tensor=tensor, pipeline=pipeline), seed=1)
+    try:
+        return {name: difference(world, root / name) for name in hf_models.MODELS}
+    finally:
+        distributed.stop(world)
+
+
+@torch.no_grad()
+def difference(world: distributed.World, folder: Path) -> float:
+    tensor, pipeline = world.groups.tp.size(), world.groups.pp.size()
+    architecture = read(folder)
+    layers = architecture.num_layers
+    config = transformer_config(
+        architecture,
+        Parallel(tensor=tensor, pipeline=pipeline),
+        precision="fp32",
+        abilities=distributed.abilities(),
+        layers_per_stage=(layers,) if pipeline == 1 else (layers - 1, 1),
+    )
+    vocabulary = align(architecture.vocab_size, None, tensor)
+    stages = build_stages(architecture, config, vocabulary, seq_length=hf_models.SEQ_LENGTH)
+    assert import_hf(folder, stages, architecture, vocabulary) == []
+    (stage,) = stages
+    stage.eval()
+    reference = torch.load(folder / "reference.pt")
+    logits = forward(world, stage, reference["ids"])
+    if logits is None:
+        return 0.0
+    shards = [torch.empty_like(logits) for _ in range(tensor)]
+    dist.all_gather(shards, logits, group=world.groups.tp)
+    whole = torch.cat(shards, -1).transpose(0, 1)
+    assert (whole[..., hf_models.VOCABULARY :] == 0).all()
+    return (whole[..., : hf_models.VOCABULARY] - reference["logits"]).abs().max().item()
+
+
+def forward(world: distributed.World, stage: torch.nn.Module, ids: torch.Tensor):
+    """Through the pipeline: the last stage's logits [s, b, V/tp], contiguous; None elsewhere."""
+    pipeline = dist.get_process_group_ranks(world.groups.pp)
+    batch, length = ids.shape
+    if world.pipeline_rank:
+        received = torch.empty(length, batch, stage.config.hidden_size)
+        dist.recv(received, pipeline[world.pipeline_rank - 1])
+        stage.set_input_tensor(received)
+    positions = torch.arange(length).expand(batch, length)
+    output = stage(ids, positions, None).contiguous()
+    if not world.is_last_stage:
+        dist.send(output, pipeline[world.pipeline_rank + 1])
+        return None
+    return output
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS.values(), ids=LAYOUTS)
+def test_logits_are_those_of_transformers(folders, tensor, pipeline) -> None:
+    for found in run_ranks(tensor * pipeline, differences, folders, tensor, pipeline):
+        worst = {name: value for name, value in found.items() if not value <= 2e-5}
+        assert worst == {}
