@@ -57,11 +57,37 @@ def train(
 def quickstart(
     folder: Annotated[Path, typer.Option(help="Where the run lives.")] = Path("runs/quickstart"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, do not resume.")] = False,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=20, help="Students per method, for a spread.")
+    ] = None,
+    long: Annotated[bool, typer.Option("--long", help="About an hour, three seeds.")] = False,
 ) -> int:
-    """Distil a small model on this machine."""
-    from taid_megatron.quickstart import run
+    """Train a teacher on this machine, distil it by several methods, export and report."""
+    from dataclasses import replace
 
-    return run(folder=folder, fresh=fresh)
+    from taid_megatron.quickstart import LONG, Sizes, run
+
+    sizes = LONG if long else Sizes()
+    return run(folder=folder, fresh=fresh, sizes=replace(sizes, seeds=seeds or sizes.seeds))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="The page; .md and .json go beside it.")] = Path(
+        "report.html"
+    ),
+) -> int:
+    """Compare runs: one HTML page, the same table as Markdown and JSON."""
+    from taid_megatron.reporting.compare import report as write
+
+    try:
+        paths = write(runs, out)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for path in paths:
+        print(path)
+    return 0
 
 
 @app.command(name="import")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,31 @@ def evaluate(
         if out is not None:
             report.write(results, out)
     return 0
+
+
+@contextmanager
+def whole_student(path: Path) -> Iterator[tuple[Callable[[torch.Tensor], torch.Tensor], int]]:
+    """A checkpoint's model in this process, and its run's sequence length.
+
+    The model is a function from tokens [b, s] to its logits [b, s, V], padding included, on the
+    CPU, without gradient.
+    """
+    checkpoint = store.find(path)
+    config = _config(path, checkpoint, ["teacher=null"])
+    world = distributed.start(config.parallel, config.run.seed)
+    try:
+        _, (pair,) = build_pairs(config, distributed.abilities(), checkpoint)
+        pair.eval()
+
+        @torch.no_grad()
+        def logits(tokens: torch.Tensor) -> torch.Tensor:
+            tokens = tokens.to(world.device)
+            positions = torch.arange(tokens.shape[1], device=world.device).expand_as(tokens)
+            return pair.student(tokens, positions, None).transpose(0, 1).float().cpu()
+
+        yield logits, config.training.seq_length
+    finally:
+        distributed.stop(world)
 
 
 def _config(model: Path, checkpoint: store.Checkpoint | None, overrides: Sequence[str]) -> Config:

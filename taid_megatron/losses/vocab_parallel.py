@@ -360,13 +360,12 @@ def _with(chunk: Chunk, form: Form) -> Chunk:
 def _all_coefficients(
     forms: list[Form], merged: list[Columns], divergence: Tensor, surprise: Tensor
 ) -> list[list[Tensor]]:
-    """Of each form; the last one is plain, or nobody wants the cross-entropy."""
+    """Of each form. The cross-entropy's share is the plain one's, the others take none of it."""
     nothing = torch.zeros_like(surprise)
-    first = surprise if forms[0].plain else nothing
-    numbers = [forms[0].coefficients(merged[0], divergence, first)]
-    for form, part in zip(forms[1:], merged[1:], strict=True):
-        numbers.append(form.coefficients(part, nothing, surprise))
-    return numbers
+    return [
+        form.coefficients(part, divergence if form is forms[0] else nothing, surprise)
+        for form, part in zip(forms, merged, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
