@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -32,7 +32,7 @@ from data_tools.manifest import (
     temporary_name,
 )
 
-_MOST_TOKENS_PER_SEQUENCE = np.iinfo(np.int32).max
+MOST_TOKENS_PER_SEQUENCE = np.iinfo(np.int32).max
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -41,22 +41,23 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedWriter:
-    """Takes documents one by one; `finish` makes them appear under their names, all or nothing.
+    """Takes documents; `finish` makes them appear under their names, all or nothing.
 
     A context manager: leaving it without `finish`, by an exception or not, removes the temporary
     files and leaves earlier outputs of the same prefix as they were.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int):
+    def __init__(self, prefix: str | Path, vocab_size: int, dtype: np.dtype | None = None):
+        """`dtype`: of the tokens, where it is not the one that the vocabulary asks for."""
         self.prefix = str(prefix)
         self.vocab_size = vocab_size
-        self.dtype = token_dtype(vocab_size)
+        self.dtype = token_dtype(vocab_size) if dtype is None else dtype
         self.num_documents = 0
         self.num_sequences = 0
         self.num_tokens = 0
         folder = bin_path(prefix).parent
         folder.mkdir(parents=True, exist_ok=True)
-        self._data = _HashedFile(bin_path(prefix))
+        self._data = HashedFile(bin_path(prefix))
         # Unlinked at birth: they vanish with the process, however it ends.
         self._lengths: BinaryIO = tempfile.TemporaryFile(dir=folder)  # type: ignore[assignment]
         self._documents: BinaryIO = tempfile.TemporaryFile(dir=folder)  # type: ignore[assignment]
@@ -86,19 +87,31 @@ class IndexedWriter:
         if lengths is None:
             lengths = (tokens.size,)
         self._check(tokens, lengths, name)
-        self._data.write(tokens.astype(self.dtype, copy=False).tobytes())
-        self.num_documents += 1
-        self.num_sequences += len(lengths)
-        self.num_tokens += tokens.size
-        self._lengths.write(np.asarray(lengths, dtype=np.int32).tobytes())
-        self._documents.write(np.int64(self.num_sequences).tobytes())
+        self.add_tokens(tokens.astype(self.dtype, copy=False).data)
+        self.add_tables(np.asarray(lengths, dtype=np.int32), np.array([len(lengths)]))
+
+    def add_tokens(self, tokens: bytes | memoryview) -> None:
+        """Appends checked token bytes; `add_tables` tells how they are cut."""
+        self._data.write(tokens)
+
+    def add_tables(self, lengths: np.ndarray, sequences: np.ndarray) -> None:
+        """Cuts the tokens added since: int32 [S] tokens per sequence, [D] sequences per document.
+
+        S is the sum of `sequences`.
+        """
+        ends = self.num_sequences + np.cumsum(sequences, dtype=np.int64)
+        self._lengths.write(lengths.astype(np.int32, copy=False).tobytes())
+        self._documents.write(ends.tobytes())
+        self.num_documents += sequences.size
+        self.num_sequences += lengths.size
+        self.num_tokens += int(lengths.sum(dtype=np.int64))
 
     def _check(self, tokens: np.ndarray, lengths: Sequence[int], name: str) -> None:
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise DataError(f"{name}: tokens are {tokens.dtype} {tokens.shape}, not integers [n]")
         if sum(lengths) != tokens.size or min(lengths, default=0) < 0:
             raise DataError(f"{name}: sequences of {list(lengths)} for {tokens.size} tokens")
-        if max(lengths, default=0) > _MOST_TOKENS_PER_SEQUENCE:
+        if max(lengths, default=0) > MOST_TOKENS_PER_SEQUENCE:
             raise DataError(f"{name}: {tokens.size} tokens do not fit one sequence; cut it")
         if tokens.size:
             low, high = int(tokens.min()), int(tokens.max())
@@ -114,12 +127,18 @@ class IndexedWriter:
         Returns the records of both. The prefix' former .manifest.json and .idx go first, so that
         a power cut in between leaves an index missing rather than one that belongs to other data.
         """
-        index = _HashedFile(idx_path(self.prefix))
+        index = HashedFile(idx_path(self.prefix))
         try:
-            self._write_index(index)
+            write_index(
+                index.write,
+                self.dtype,
+                self.num_sequences,
+                self.num_documents,
+                lambda: _chunks(self._lengths, np.int32),
+                _chunks(self._documents, np.int64),
+            )
             records = [self._data.close(), index.close()]
-            manifest_path(self.prefix).unlink(missing_ok=True)
-            idx_path(self.prefix).unlink(missing_ok=True)
+            remove_published(self.prefix)
             self._data.publish()
             index.publish()
         finally:
@@ -127,19 +146,46 @@ class IndexedWriter:
         sync_folder(bin_path(self.prefix).parent)
         return records
 
-    def _write_index(self, index: _HashedFile) -> None:
-        code = next(code for code, dtype in TOKEN_DTYPES.items() if dtype == self.dtype)
-        index.write(HEADER.pack(MAGIC, VERSION, code, self.num_sequences, self.num_documents + 1))
-        for lengths in _chunks(self._lengths, np.int32):
-            index.write(lengths.tobytes())
-        position = 0
-        for lengths in _chunks(self._lengths, np.int32):
-            ends = position + np.cumsum(lengths.astype(np.int64) * self.dtype.itemsize)
-            index.write(np.concatenate(([position], ends[:-1])).astype(np.int64).tobytes())
-            position = int(ends[-1])
-        index.write(np.int64(0).tobytes())
-        for documents in _chunks(self._documents, np.int64):
-            index.write(documents.tobytes())
+
+def write_index(
+    write: Callable[[bytes], object],
+    dtype: np.dtype,
+    num_sequences: int,
+    num_documents: int,
+    lengths: Callable[[], Iterable[np.ndarray]],
+    document_ends: Iterable[np.ndarray] | None = None,
+) -> None:
+    """Hands PREFIX.idx to `write`, piece by piece, from the lengths alone; memory is constant.
+
+    lengths: called twice; int32 pieces of the tokens in each sequence. document_ends: int64 pieces
+    of the sequences up to each document's end; None: each sequence is a document.
+    """
+    code = next(code for code, known in TOKEN_DTYPES.items() if known == dtype)
+    write(HEADER.pack(MAGIC, VERSION, code, num_sequences, num_documents + 1))
+    for piece in lengths():
+        write(piece.tobytes())
+    position = 0
+    for piece in lengths():
+        # int64 before the product: a shard may hold more than 2^31 tokens and bytes.
+        ends = position + np.cumsum(piece * np.int64(dtype.itemsize), dtype=np.int64)
+        pointers = np.empty_like(ends)
+        pointers[0], pointers[1:] = position, ends[:-1]
+        write(pointers.tobytes())
+        position = int(ends[-1])
+    write(np.int64(0).tobytes())
+    if document_ends is None:
+        steps = range(1, num_sequences + 1, CHUNK_ROWS)
+        document_ends = (
+            np.arange(first, min(first + CHUNK_ROWS, num_sequences + 1)) for first in steps
+        )
+    for piece in document_ends:
+        write(piece.astype(np.int64, copy=False).tobytes())
+
+
+def remove_published(prefix: str | Path) -> None:
+    """Takes away what would describe a .bin that is about to be replaced."""
+    manifest_path(prefix).unlink(missing_ok=True)
+    idx_path(prefix).unlink(missing_ok=True)
 
 
 def _chunks(spool: BinaryIO, dtype: type) -> Iterator[np.ndarray]:
@@ -149,7 +195,7 @@ def _chunks(spool: BinaryIO, dtype: type) -> Iterator[np.ndarray]:
         yield np.frombuffer(raw, dtype=dtype)
 
 
-class _HashedFile:
+class HashedFile:
     """A file under a temporary name, hashed while it is written."""
 
     def __init__(self, path: Path):
@@ -158,7 +204,8 @@ class _HashedFile:
         self.digest = xxhash.xxh3_128()
         self.stream = self.temporary.open("wb", buffering=1 << 20)
 
-    def write(self, content: bytes) -> None:
+    def write(self, content: bytes | memoryview) -> None:
+        """Appends and hashes."""
         self.digest.update(content)
         self.stream.write(content)
 
@@ -171,6 +218,7 @@ class _HashedFile:
         return FileRecord(name=self.path.name, bytes=size, xxh3=self.digest.hexdigest())
 
     def publish(self) -> None:
+        """Takes the final name; after `close`."""
         self.temporary.replace(self.path)
 
     def discard(self) -> None:

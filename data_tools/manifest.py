@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import secrets
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -225,7 +226,7 @@ class FileRecord(_Record):
 class TokenizerRecord(_Record):
     """The tokenizer that made the tokens; `fingerprint` is the xxh3-128 of its file."""
 
-    kind: Literal["sentencepiece", "tokenizer.json"]
+    kind: Literal["sentencepiece", "tokenizer.json", "tiktoken"]
     name: str
     fingerprint: str = Field(pattern="^[0-9a-f]{32}$")
     vocab_size: int = Field(gt=0)
@@ -237,6 +238,15 @@ class Options(_Record):
 
     text_column: str
     append_eod: bool
+    parse_special: bool = False
+    """Whether special tokens written out in a text became their ids."""
+    max_document_bytes: int | None = None
+    fraction: float | None = None
+    """The first share of the sources that was asked for, by rows or by bytes."""
+    token_budget: int | None = None
+    """Tokens after which preparing stopped, at the end of a document."""
+    shard: str | None = None
+    """i/n: the i-th of n contiguous parts of the work."""
 
 
 class Manifest(_Record):
@@ -250,7 +260,15 @@ class Manifest(_Record):
     documents: int = Field(ge=0)
     empty_documents: int = Field(ge=0)
     """Documents without a token (empty texts); they are left out and not counted in `documents`."""
+    skipped: int = Field(default=0, ge=0)
+    """Rows left out by --on-error skip, empty texts included."""
+    skipped_rows: list[str] = []
+    """The first of them: file, row and fault."""
     tokens: int = Field(ge=0)
+    engine: str | None = None
+    """What computed the ids: the tokenizer's own library, or a faster one checked against it."""
+    merged_from: list[str] = []
+    """Names of the prefixes whose documents these are, one after the other."""
     outputs: list[FileRecord]
     versions: dict[str, str]
 
@@ -312,9 +330,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """xxh3-128 of a file's content, hex; reads 8 MiB at a time."""
+    """xxh3-128 of a file's content, hex; in bounded memory."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while block := stream.read(8 << 20):
-            digest.update(block)
+    for block in read_blocks(path):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def read_blocks(path: Path, block_bytes: int = 1 << 18) -> Iterator[memoryview]:
+    """A file's content, block after block in one buffer that each step overwrites.
+
+    The buffer stays in the processor's cache, so that what follows reads it from there.
+    """
+    buffer = memoryview(bytearray(block_bytes))
+    with path.open("rb", buffering=0) as stream:
+        while size := stream.readinto(buffer):
+            yield buffer[:size]

@@ -9,7 +9,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 import data_tools.indexed_writer as indexed_writer
 import data_tools.manifest as manifest
-from data_tools.indexed_writer import IndexedWriter, token_dtype
+from data_tools.indexed_writer import IndexedWriter, token_dtype, write_index
 from data_tools.manifest import DataError, check_indexed, hash_file
 
 # Documents as lists of sequence lengths: several sequences, an empty sequence, an empty document.
@@ -115,3 +115,37 @@ def test_a_failing_disk_publishes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(OSError, match="No space left"):
             writer.finish()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_pointers_beyond_2_to_the_31(tmp_path: Path) -> None:
+    """More than 2^31 tokens and bytes, in files of holes: our index, megatron-core's reader."""
+    lengths = np.array([2**31 - 1, 2**31 - 1, 5], dtype=np.int32)
+    dtype = np.dtype(np.uint16)
+    last = 2 * int(lengths[:2].sum(dtype=np.int64))
+    with (tmp_path / "a.bin").open("wb") as data:
+        data.seek(last)
+        data.write(np.arange(1, 6, dtype=dtype).tobytes())
+    with (tmp_path / "a.idx").open("wb") as index:
+        write_index(index.write, dtype, 3, 3, lambda: [lengths[:1], lengths[1:]])
+    files = check_indexed(tmp_path / "a", deep=True)
+    assert files.num_tokens == 2**32 + 3
+    assert files.sequence_pointers().tolist() == [0, 2**32 - 2, last]
+    assert files.document_indices().tolist() == [0, 1, 2, 3]
+    assert files.document(2).tolist() == [1, 2, 3, 4, 5]
+    dataset = IndexedDataset(str(tmp_path / "a"))
+    assert dataset[2].tolist() == [1, 2, 3, 4, 5]
+    assert dataset.get(1, offset=2**31 - 3, length=2).tolist() == [0, 0]
+
+
+def test_documents_in_bulk_equal_documents_one_by_one(tmp_path: Path) -> None:
+    one, _ = write_both(tmp_path, 40)
+    documents = random_documents(40)
+    with IndexedWriter(tmp_path / "bulk", 40) as writer:
+        for part in (documents[:2], documents[2:]):
+            tokens = np.concatenate([tokens for tokens, _ in part]).astype(np.uint16)
+            writer.add_tokens(tokens.data)
+            lengths = [length for _, lengths in part for length in lengths]
+            writer.add_tables(np.array(lengths), np.array([len(lengths) for _, lengths in part]))
+        writer.finish()
+    for suffix in (".bin", ".idx"):
+        assert Path(f"{one}{suffix}").read_bytes() == (tmp_path / f"bulk{suffix}").read_bytes()
