@@ -1,28 +1,19 @@
 """The `taid-data` command: parses, calls, prints; no logic.
 
 Exit codes: 0 done; 2 bad arguments or input, with one line on stderr; 1 an internal failure; 130
-interrupted by Ctrl-C.
+interrupted by Ctrl-C. Commands import what they run when they run.
 """
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import rich.console
-import rich.progress
 import typer
 
-from data_tools.corpus import write_stdlib_corpus
-from data_tools.manifest import DataError, check_indexed, read_manifest
-from data_tools.prepare import Progress, prepare
-from data_tools.sources import Corpus, sample_texts
-from data_tools.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
-from data_tools.verify import verify
+from data_tools.manifest import DataError
 
 app = typer.Typer(
     help="Prepare, check and look at token files for training.",
@@ -31,54 +22,190 @@ app = typer.Typer(
 )
 
 Inputs = Annotated[
-    list[str], typer.Argument(help="Files, folders or globs: text, .jsonl or .jsonl.gz.")
+    list[str],
+    typer.Argument(
+        help="Files, folders, globs or hf://datasets/OWNER/NAME: text, .jsonl (.gz, .zst), "
+        ".parquet, .arrow."
+    ),
 ]
-TextColumn = Annotated[str, typer.Option(help="Column of JSON lines that holds the text.")]
+TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
 Prefix = Annotated[Path, typer.Argument(help="The files' common path, without .bin or .idx.")]
+TokenizerFile = Annotated[
+    Path, typer.Option(help="A sentencepiece .model, a tokenizer.json or a .tiktoken rank file.")
+]
 EodToken = Annotated[
     str | None, typer.Option(help="End-of-document token, where the tokenizer names none.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 # typer's parser is click, its own copy or the package, by version: reached by its base class.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 _INTERRUPTED = 130  # the shell's code for Ctrl-C
+_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 @app.command("prepare")
 def prepare_command(
     inputs: Inputs,
-    tokenizer: Annotated[Path, typer.Option(help="A sentencepiece .model or a tokenizer.json.")],
-    out: Annotated[Path, typer.Option(help="Prefix of the files to write.")],
+    tokenizer: TokenizerFile,
+    out: Annotated[Path, typer.Option(help="Prefix of the files to write; a preset's folder.")],
     text_column: TextColumn = "text",
     no_eod: Annotated[
         bool, typer.Option("--no-eod", help="Do not end documents with the end-of-document id.")
     ] = False,
     eod_token: EodToken = None,
+    parse_special: Annotated[
+        bool, typer.Option("--parse-special", help="Special tokens written in a text become ids.")
+    ] = False,
+    engine: Annotated[
+        str,
+        typer.Option(help="auto: tiktoken where it gives the same ids; tokenizers; tiktoken."),
+    ] = "auto",
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes; 0: one per CPU. The bytes are the same.")
+    ] = 0,
+    on_error: Annotated[
+        str, typer.Option(help="stop at the first bad row, or skip, count and list bad rows.")
+    ] = "stop",
+    max_document_mb: Annotated[
+        float, typer.Option(min=0.001, help="A longer document is a bad row. MiB.")
+    ] = 32.0,
+    fraction: Annotated[
+        float | None, typer.Option(help="The first share of the inputs, 0.1 for a tenth.")
+    ] = None,
+    token_budget: Annotated[
+        str | None, typer.Option(help="Stop after so many tokens: 500M, 20B.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: this machine's part of the work; merge them later.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="smollm-corpus: INPUTS is its folder, OUT a folder.")
+    ] = None,
+    weight: Annotated[
+        list[str] | None, typer.Option(help="PART=WEIGHT of a preset; none given: by size.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop what an unfinished run has left.")
+    ] = False,
+    log: Annotated[Path | None, typer.Option(help="File that gets lines of progress.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Tokenize texts into OUT.bin, OUT.idx and OUT.manifest.json."""
-    model = load_tokenizer(tokenizer, eod_token=eod_token)
-    with _progress_display() as show:
-        manifest = prepare(
-            inputs, model, out, text_column=text_column, append_eod=not no_eod, progress=show
+    """Tokenize texts into OUT.bin, OUT.idx and OUT.manifest.json. Goes on where it was stopped."""
+    from data_tools.display import progress_display, report
+    from data_tools.prepare import Settings, prepare
+    from data_tools.presets import prepare_preset
+
+    if on_error not in ("stop", "skip"):
+        raise DataError(f"--on-error {on_error}; choose stop or skip")
+    settings = Settings(
+        text_column=text_column,
+        append_eod=not no_eod,
+        eod_token=eod_token,
+        parse_special=parse_special,
+        engine=engine,
+        workers=workers,
+        skip_faults=on_error == "skip",
+        max_document_bytes=int(max_document_mb * (1 << 20)),
+        fraction=fraction,
+        token_budget=None if token_budget is None else _number(token_budget),
+        shard=None if shard is None else _shard(shard),
+        restart=restart,
+    )
+    with progress_display(log) as (show, say):
+        if preset is None:
+            if weight:
+                raise DataError("--weight goes with --preset; see taid-data blend")
+            made = {
+                "": prepare(
+                    inputs,
+                    tokenizer,
+                    out,
+                    settings,
+                    progress=lambda state: show("", state),
+                    say=say,
+                )
+            }
+        else:
+            if len(inputs) != 1:
+                raise DataError(f"--preset {preset} takes one folder, not {len(inputs)} inputs")
+            made = prepare_preset(
+                preset,
+                inputs[0],
+                tokenizer,
+                out,
+                settings,
+                weights={name: value for name, value in _weights(weight or []).items() if value},
+                progress=show,
+                say=say,
+            )
+    lines, values = [], {}
+    for name, manifest in made.items():
+        prefix = str(out / name) if name else str(out)
+        left_out = f" ({manifest.skipped:,} left out)" if manifest.skipped else ""
+        lines.append(
+            f"{prefix}: {manifest.documents:,} documents{left_out}, {manifest.tokens:,} tokens"
         )
-    left_out = f" ({manifest.empty_documents:,} empty)" if manifest.empty_documents else ""
-    print(f"{out}: {manifest.documents:,} documents{left_out}, {manifest.tokens:,} tokens")
+        lines += [f"  {row}" for row in manifest.skipped_rows[:3]]
+        values[prefix] = manifest.model_dump()
+    report(as_json, "\n".join(lines), values)
+
+
+@app.command("fetch-python-edu")
+def fetch_command(
+    inputs: Annotated[list[str], typer.Argument(help="python-edu's Parquet files.")],
+    out: Annotated[Path, typer.Option(help="Folder for text/ and left-out/.")],
+    endpoint: Annotated[
+        str | None, typer.Option(help="Address below which the contents lie by their ids.")
+    ] = None,
+    connections: Annotated[int, typer.Option(min=1, help="Fetches at the same time.")] = 64,
+    tries: Annotated[int, typer.Option(min=1, help="Per content, with growing waits.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch the contents of SmolLM-Corpus' python-edu. Goes on where it was stopped."""
+    from data_tools.display import report
+    from data_tools.python_edu import ENDPOINT, FetchProgress, FetchSettings, fetch_python_edu
+
+    def show(state: FetchProgress) -> None:
+        print(
+            f"part {state.parts:,} of {state.parts_total:,}, {state.contents:,} contents, "
+            f"{state.left_out:,} left out",
+            file=sys.stderr,
+        )
+
+    settings = FetchSettings(endpoint=endpoint or ENDPOINT, connections=connections, tries=tries)
+    done = fetch_python_edu(inputs, out, settings, show)
+    report(
+        as_json,
+        f"{out / 'text'}: {done.contents:,} contents; {done.left_out:,} are named in "
+        f"{out / 'left-out'}",
+        {"contents": done.contents, "left_out": done.left_out, "parts": done.parts},
+    )
 
 
 @app.command("tokenizer")
 def tokenizer_command(
     inputs: Inputs,
-    out: Annotated[Path, typer.Option(help="The sentencepiece model to write, *.model.")],
+    out: Annotated[Path, typer.Option(help="*.model: sentencepiece BPE; *.json: byte-level BPE.")],
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of tokens.")],
     text_column: TextColumn = "text",
     sample_mb: Annotated[
         float, typer.Option(min=0.001, help="Text to learn from, spread over the inputs. MB.")
     ] = 4.0,
+    as_json: AsJson = False,
 ) -> None:
-    """Train a sentencepiece BPE that reproduces every text exactly."""
+    """Train a BPE that reproduces every text exactly."""
+    from data_tools.display import report
+    from data_tools.sources import Corpus, sample_texts
+    from data_tools.tokenizers import train_tokenizer
+
     texts = sample_texts(Corpus(inputs, text_column), int(sample_mb * 1e6))
-    train_sentencepiece(texts, out, vocab_size)
-    print(f"{out}: {vocab_size:,} tokens, learned from {len(texts):,} documents")
+    train_tokenizer(texts, out, vocab_size)
+    report(
+        as_json,
+        f"{out}: {vocab_size:,} tokens, learned from {len(texts):,} documents",
+        {"tokenizer": str(out), "vocab_size": vocab_size, "documents": len(texts)},
+    )
 
 
 @app.command("corpus")
@@ -86,6 +213,8 @@ def corpus_command(
     out: Annotated[Path, typer.Argument(help="Folder for train.jsonl and held_out.jsonl.")],
 ) -> None:
     """Write a small real corpus without a download: the standard library's own sources."""
+    from data_tools.corpus import write_stdlib_corpus
+
     for path, documents in write_stdlib_corpus(out).values():
         print(f"{path}: {documents:,} documents, {path.stat().st_size / 1e6:.1f} MB")
 
@@ -97,77 +226,148 @@ def inspect_command(
         Path | None, typer.Option(help="Decode with this tokenizer; without it ids are shown.")
     ] = None,
     documents: Annotated[int, typer.Option(min=0, help="Number of documents to show.")] = 1,
+    first: Annotated[int, typer.Option(min=0, help="The first one to show.")] = 0,
     eod_token: EodToken = None,
+    histogram: Annotated[
+        Path | None, typer.Option(help="Draw the documents' lengths into this PNG.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Show counts, token type and the first documents."""
-    files = check_indexed(prefix)
-    manifest = read_manifest(prefix)
-    model = load_tokenizer(tokenizer, eod_token=eod_token) if tokenizer else None
-    if model and manifest and model.fingerprint != manifest.tokenizer.fingerprint:
-        raise DataError(
-            f"{tokenizer}: not the tokenizer that made {prefix} ({manifest.tokenizer.name}, xxh3 "
-            f"{manifest.tokenizer.fingerprint}); give that one"
-        )
-    print(f"documents: {files.num_documents:,}")
-    print(f"sequences: {files.num_sequences:,}")
-    print(f"tokens: {files.num_tokens:,}")
-    print(f"token type: {files.dtype}")
-    if manifest:
-        made_by = manifest.tokenizer
-        print(f"tokenizer: {made_by.name} ({made_by.kind}, {made_by.vocab_size:,} ids)")
-        print(f"end of document: {made_by.eod_id if manifest.options.append_eod else 'none'}")
-    for number in range(min(documents, files.num_documents)):
-        print(f"--- document {number}")
-        print(_shown(files.document(number).tolist(), model))
+    """Show counts, lengths of documents and some documents."""
+    from data_tools.display import report
+    from data_tools.inspection import describe
 
-
-def _shown(ids: list[int], model: Tokenizer | None) -> str:
-    if model is None:
-        return " ".join(map(str, ids))
-    if ids and ids[-1] == model.eod_id:
-        ids = ids[:-1]
-    return model.decode(ids)
+    text, values = describe(
+        prefix,
+        tokenizer,
+        eod_token=eod_token,
+        shown=range(first, first + documents),
+        histogram=histogram,
+    )
+    report(as_json, text, values)
 
 
 @app.command("verify")
-def verify_command(prefix: Prefix) -> None:
-    """Check the files' structure, and their counts and hashes against the manifest."""
-    files, manifest = verify(prefix)
-    hashes = "hashes match" if manifest else "no manifest, so hashes were not checked"
-    print(f"{prefix}: {files.num_documents:,} documents, {files.num_tokens:,} tokens, {hashes}")
+def verify_command(
+    prefix: Prefix,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Structure, sizes and counts only; reads no tokens.")
+    ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Has to be the tokenizer that made the files.")
+    ] = None,
+    eod_token: EodToken = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the files: structure, index, hashes, ids, ends of documents, counts."""
+    from data_tools.display import report
+    from data_tools.tokenizers import load_tokenizer
+    from data_tools.verify import verify
+
+    model = load_tokenizer(tokenizer, eod_token=eod_token) if tokenizer else None
+    verdict = verify(prefix, fast=fast, tokenizer=model)
+    files = verdict.files
+    text = (
+        f"{prefix}: {files.num_documents:,} documents, {files.num_tokens:,} tokens; good: "
+        f"{', '.join(verdict.checked)}"
+    )
+    if verdict.unchecked:
+        text += f"; not known, so not checked: {', '.join(verdict.unchecked)}"
+    report(
+        as_json,
+        text,
+        {
+            "prefix": str(prefix),
+            "documents": files.num_documents,
+            "tokens": files.num_tokens,
+            "checked": verdict.checked,
+            "unchecked": verdict.unchecked,
+        },
+    )
 
 
-@contextmanager
-def _progress_display() -> Iterator[Callable[[Progress], None]]:
-    """A bar on a terminal; a line every ten seconds where stderr is piped."""
-    if not sys.stderr.isatty():
-        yield _plain_progress()
-        return
-    with rich.progress.Progress(
-        *rich.progress.Progress.get_default_columns(),
-        rich.progress.TextColumn("{task.fields[tokens]:,} tokens"),
-        console=rich.console.Console(stderr=True),
-    ) as bar:
-        task = bar.add_task("preparing", total=None, tokens=0)
-        yield lambda state: bar.update(
-            task, completed=state.bytes_read, total=state.bytes_total, tokens=state.tokens
-        )
+@app.command("merge")
+def merge_command(
+    prefixes: Annotated[list[Path], typer.Argument(help="Prefixes, in order.")],
+    out: Annotated[Path, typer.Option(help="Prefix of the files to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Lay prepared files one after the other: shards of one run, or corpora."""
+    from data_tools.display import report
+    from data_tools.merge import merge
+
+    merged = merge(prefixes, out)
+    text = f"{out}: {merged.documents:,} documents, {merged.tokens:,} tokens"
+    report(as_json, text, {str(out): merged.model_dump()})
 
 
-def _plain_progress(every_seconds: float = 10.0) -> Callable[[Progress], None]:
-    last = time.monotonic()
+@app.command("split")
+def split_command(
+    prefix: Prefix,
+    shares: Annotated[list[str], typer.Argument(help="NAME=SHARE ..., adding up to 1.")],
+    out: Annotated[Path, typer.Option(help="OUT-NAME is the prefix of each part.")],
+    seed: Annotated[int, typer.Option(min=0, help="Another seed is another split.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Deal documents out by their hash: split web train=0.99 validation=0.01 --out web."""
+    from data_tools.display import report
+    from data_tools.merge import split
 
-    def show(state: Progress) -> None:
-        nonlocal last
-        if time.monotonic() - last >= every_seconds:
-            last = time.monotonic()
-            percent = 100 * state.bytes_read / max(1, state.bytes_total)
-            print(
-                f"{percent:.0f}%, {state.documents:,} documents, {state.tokens:,} tokens",
-                file=sys.stderr,
-            )
+    chosen = {name: value or 0.0 for name, value in _weights(shares).items()}
+    made = split(prefix, chosen, out, seed=seed)
+    lines = [
+        f"{out}-{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens"
+        for name, manifest in made.items()
+    ]
+    values = {f"{out}-{name}": manifest.model_dump() for name, manifest in made.items()}
+    report(as_json, "\n".join(lines), values)
 
-    return show
+
+@app.command("blend")
+def blend_command(
+    parts: Annotated[list[str], typer.Argument(help="PREFIX=WEIGHT ..., or PREFIX ... by tokens.")],
+    out: Annotated[Path, typer.Option(help="The YAML file to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write a blend for the trainer: taid-megatron train CONFIG "data.blend=$(cat FILE)"."""
+    from data_tools.blend import write_blend
+    from data_tools.display import report
+
+    used = write_blend(_weights(parts), out)
+    total = sum(used.values())
+    lines = [f"{prefix}: {100 * weight / total:.2f}%" for prefix, weight in used.items()]
+    report(as_json, "\n".join([f"{out}:", *lines]), {"blend": used})
+
+
+def _weights(parts: Sequence[str]) -> dict[str, float | None]:
+    """NAME=NUMBER or NAME."""
+    found: dict[str, float | None] = {}
+    for part in parts:
+        name, equals, number = part.rpartition("=") if "=" in part else (part, "", "")
+        if name in found:
+            raise DataError(f"{name}: given twice; name it once")
+        try:
+            found[name] = float(number) if equals else None
+        except ValueError:
+            raise DataError(f"{part}: {number!r} is no number; give NAME=NUMBER") from None
+    return found
+
+
+def _number(text: str) -> int:
+    suffix = text[-1:].upper()
+    try:
+        return int(float(text[:-1]) * _SUFFIXES[suffix]) if suffix in _SUFFIXES else int(text)
+    except (ValueError, OverflowError):
+        raise DataError(f"{text!r} is no number of tokens; write 500M or 20B") from None
+
+
+def _shard(text: str) -> Any:
+    from data_tools.units import Shard
+
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise DataError(f"shard {text!r}; give i/n, such as 1/4")
+    return Shard(int(index), int(count))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -179,12 +379,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(2, str(error))
     except OSError as error:
         _fail(1, f"{error}; nothing was published")
-    except typer.Abort:  # what an interrupt becomes in older versions of typer
+    except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except _UsageError as error:
         _fail(2, f"{error.format_message().rstrip('.')}; see taid-data --help")
     if code == _INTERRUPTED:
-        _fail(code, "interrupted; nothing was published")
+        _fail(code, "interrupted; nothing was published, and the same command goes on")
     sys.exit(code or 0)
 
 

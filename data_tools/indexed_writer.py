@@ -202,7 +202,8 @@ class HashedFile:
         self.path = path
         self.temporary = temporary_name(path)
         self.digest = xxhash.xxh3_128()
-        self.stream = self.temporary.open("wb", buffering=1 << 20)
+        # Smaller than read_blocks' blocks: these go through without another copy.
+        self.stream = self.temporary.open("wb", buffering=1 << 17)
 
     def write(self, content: bytes | memoryview) -> None:
         """Appends and hashes."""

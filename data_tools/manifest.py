@@ -17,6 +17,7 @@ PREFIX.idx describes it (little-endian; source: megatron-core 0.16, datasets/ind
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import struct
@@ -267,8 +268,8 @@ class Manifest(_Record):
     tokens: int = Field(ge=0)
     engine: str | None = None
     """What computed the ids: the tokenizer's own library, or a faster one checked against it."""
-    merged_from: list[str] = []
-    """Names of the prefixes whose documents these are, one after the other."""
+    derived_from: list[str] = []
+    """The prepared data that this was merged or split from."""
     outputs: list[FileRecord]
     versions: dict[str, str]
 
@@ -344,5 +345,13 @@ def read_blocks(path: Path, block_bytes: int = 1 << 18) -> Iterator[memoryview]:
     """
     buffer = memoryview(bytearray(block_bytes))
     with path.open("rb", buffering=0) as stream:
-        while size := stream.readinto(buffer):
+        while size := _fill(stream, buffer):
             yield buffer[:size]
+
+
+def _fill(stream: io.FileIO, buffer: memoryview) -> int:
+    """Bytes read; fewer than the buffer holds at the file's end only."""
+    size = 0
+    while size < len(buffer) and (count := stream.readinto(buffer[size:])):
+        size += count
+    return size

@@ -1,22 +1,93 @@
-"""Documents in, PREFIX.bin, PREFIX.idx and PREFIX.manifest.json out."""
+"""Documents in, PREFIX.bin, PREFIX.idx and PREFIX.manifest.json out.
+
+The sources are cut into units (units.py), which workers tokenize in any order (worker.py). One
+process takes their results over in order and writes down what is done (journal.py). So the bytes do
+not depend on the number of workers, nor on how often the run was killed.
+"""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from data_tools.engines import choose_engine
+from data_tools.indexed_writer import token_dtype
+from data_tools.journal import Journal, finish_publishing
+from data_tools.manifest import (
+    DataError,
+    FileRecord,
+    Manifest,
+    Options,
+    check_indexed,
+    manifest_path,
+    read_manifest,
+)
+from data_tools.readers import Document, ReadOptions
+from data_tools.sources import find_sources
+from data_tools.tokenizers import Tokenizer, load_tokenizer, usable_cpus
+from data_tools.units import Plan, Shard, Unit, make_plan, read_unit
+from data_tools.worker import MOST_LISTED, Job, UnitResult, Workers
 
-from data_tools.indexed_writer import IndexedWriter
-from data_tools.manifest import DataError, Manifest, Options, write_manifest
-from data_tools.sources import Corpus, Document
-from data_tools.tokenizers import Tokenizer
 
-# A batch of long documents ends here, so that memory does not follow their length. Characters.
-_BATCH_CHARACTERS = 8 << 20
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to prepare; those that decide the bytes are in the manifest's options."""
+
+    text_column: str = "text"
+    append_eod: bool = True
+    """End each document with the tokenizer's end-of-document id."""
+    eod_token: str | None = None
+    """That token's text, where the tokenizer does not tell."""
+    parse_special: bool = False
+    """Let special tokens that are written out in a text become their ids."""
+    engine: str = "auto"
+    """See engines.ENGINES."""
+    workers: int = 0
+    """Processes; 0: one per CPU that this process may use."""
+    skip_faults: bool = False
+    """Leave out and list what cannot be used; else the first stops the run."""
+    max_document_bytes: int = 32 << 20
+    fraction: float | None = None
+    """Of each input's rows or bytes, from the start."""
+    token_budget: int | None = None
+    """Stop after the document that reaches it."""
+    shard: Shard | None = None
+    restart: bool = False
+    """Drop what an earlier run under the same prefix left unfinished."""
+    reuse: bool = False
+    """Take outputs that are there and were made from the same inputs by the same settings."""
+
+    def check(self) -> None:
+        """Raises DataError for what does not go together."""
+        if self.shard and not 1 <= self.shard.index <= self.shard.count:
+            raise DataError(f"shard {self.shard}; give i/n with i from 1 to n")
+        if self.shard and self.token_budget is not None:
+            raise DataError("a shard cannot know when all reach --token-budget; leave one out")
+        if self.token_budget is not None and self.token_budget < 1:
+            raise DataError(f"token budget {self.token_budget}; give a number above 0")
+
+    def read_options(self) -> ReadOptions:
+        """What the readers need of it."""
+        return ReadOptions(self.text_column, self.max_document_bytes)
+
+    def options(self) -> Options:
+        """What the manifest keeps of it."""
+        return Options(
+            text_column=self.text_column,
+            append_eod=self.append_eod,
+            parse_special=self.parse_special,
+            max_document_bytes=self.max_document_bytes,
+            fraction=self.fraction,
+            token_budget=self.token_budget,
+            shard=str(self.shard) if self.shard else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -27,98 +98,237 @@ class Progress:
     bytes_total: int
     documents: int
     tokens: int
+    bytes_resumed: int
+    """Of bytes_read, those that an earlier run had done."""
+    seconds: float
+    """Since this run began."""
 
 
 def prepare(
     inputs: Sequence[str | Path],
-    tokenizer: Tokenizer,
+    tokenizer: str | Path,
     out_prefix: str | Path,
+    settings: Settings | None = None,
     *,
-    text_column: str = "text",
-    append_eod: bool = True,
-    batch_documents: int = 500,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] = lambda state: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Tokenizes `inputs` (files, folders, globs; see sources) under `out_prefix`.
 
-    Each document becomes one sequence, ended by the tokenizer's end-of-document id where
-    append_eod. Documents without a token (empty texts) are left out and counted. progress: called
-    after each batch. The outputs appear all or not at all; a run that fails leaves earlier outputs
-    of the same prefix as they were. Raises DataError for bad input, OSError where the disk fails.
+    Each document becomes one sequence. The outputs appear all or not at all, and a run that fails
+    leaves earlier outputs of the same prefix as they were. What it has finished stays in
+    PREFIX.work/: the same call goes on from there. progress: called after each unit; say: gets
+    lines for the user. Raises DataError for bad input, OSError where the disk fails. Several
+    workers are spawned: a script that calls this guards its main module.
     """
-    corpus = Corpus(inputs, text_column)
-    empty_documents = 0
-    with IndexedWriter(out_prefix, tokenizer.vocab_size) as writer:
-        for batch in _batches(corpus, batch_documents):
-            empty_documents += _write(writer, batch, tokenizer, append_eod)
-            if progress:
-                progress(
-                    Progress(
-                        bytes_read=corpus.bytes_read,
-                        bytes_total=corpus.bytes_total,
-                        documents=writer.num_documents,
-                        tokens=writer.num_tokens,
-                    )
-                )
-        if not writer.num_tokens:
-            raise DataError(f"{inputs[0]}: no text in the inputs; give files that are not empty")
-        outputs = writer.finish()
-    manifest = Manifest.model_validate(
-        {
-            "sources": corpus.records,
-            "tokenizer": tokenizer.record(),
-            "options": Options(text_column=text_column, append_eod=append_eod),
-            "dtype": str(writer.dtype),
-            "documents": writer.num_documents,
-            "empty_documents": empty_documents,
-            "tokens": writer.num_tokens,
-            "outputs": outputs,
-            "versions": _versions(),
-        }
+    settings = settings or Settings()
+    settings.check()
+    finish_publishing(out_prefix)
+    reference = load_tokenizer(
+        tokenizer, eod_token=settings.eod_token, threads=1, parse_special=settings.parse_special
     )
-    write_manifest(out_prefix, manifest)
+    plan = make_plan(
+        find_sources(inputs),
+        settings.read_options(),
+        skip_faults=settings.skip_faults,
+        fraction=settings.fraction,
+        shard=settings.shard,
+    )
+    if not plan.units:
+        raise DataError(
+            f"{inputs[0]}: nothing to prepare in the inputs; give other files or shards"
+        )
+    if settings.reuse and (made := _made_before(plan, out_prefix, reference, settings)):
+        say(f"{out_prefix}: already prepared")
+        return made
+    chosen, why = choose_engine(
+        reference, settings.engine, lambda: _sample(plan, settings.read_options())
+    )
+    say(why)
+    description = _describe(plan, chosen, settings)
+    with Journal(out_prefix, description, restart=settings.restart) as journal:
+        if journal.units:
+            say(f"going on after unit {len(journal.units)} of {len(plan.units)}")
+        job = Job(
+            tokenizer=Path(tokenizer),
+            eod_token=settings.eod_token,
+            parse_special=settings.parse_special,
+            engine=chosen.engine,
+            append_eod=settings.append_eod,
+            skip_faults=settings.skip_faults,
+            read=settings.read_options(),
+            folder=journal.folder,
+        )
+        _work(plan, journal, job, settings, progress)
+        manifest = _manifest(plan, journal, chosen, settings)
+        journal.publish(manifest.model_dump_json(indent=1).encode() + b"\n")
     return manifest
 
 
-def _batches(documents: Iterable[Document], batch_documents: int) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if len(batch) >= batch_documents or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _made_before(
+    plan: Plan, prefix: str | Path, tokenizer: Tokenizer, settings: Settings
+) -> Manifest | None:
+    manifest = read_manifest(prefix)
+    if manifest is None or manifest.tokenizer != tokenizer.record():
+        return None
+    written = manifest_path(prefix).stat().st_mtime_ns
+    given = [(str(path), size) for path, _, size, mtime in plan.sources if mtime <= written]
+    found = [(record.name, record.bytes) for record in manifest.sources]
+    if settings.token_budget is not None:  # the rest was not needed
+        given = given[: len(found)]
+    if manifest.options != settings.options() or given != found:
+        return None
+    check_indexed(prefix)
+    return manifest
 
 
-def _write(
-    writer: IndexedWriter, documents: list[Document], tokenizer: Tokenizer, append_eod: bool
-) -> int:
-    """Appends the documents; returns how many were left out for having no token."""
-    empty = 0
-    encoded = tokenizer.encode_batch([document.text for document in documents])
-    for document, tokens in zip(documents, encoded, strict=True):
-        if not tokens.size:
-            empty += 1
-            continue
-        if (tokens == tokenizer.eod_id).any():
-            raise DataError(
-                f"{document.source}: its text contains the end-of-document token "
-                f"{tokenizer.eod_id}, which would cut it in two; choose another --eod-token"
+def _sample(plan: Plan, options: ReadOptions) -> list[str]:
+    """Texts from places all over the plan; a two-hundredth of it, within bounds."""
+    left = max(1 << 16, min(1 << 20, plan.bytes // 200))
+    units = plan.units[:: -(-len(plan.units) // 16)]
+    texts = []
+    for unit in units:
+        share = left // len(units)
+        for row in read_unit(unit, options):
+            if isinstance(row, Document):
+                texts.append(row.text[:share])
+                share -= len(texts[-1])
+            if share <= 0:
+                break
+    return texts
+
+
+def _describe(plan: Plan, tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
+    """All that the bytes depend on."""
+    return {
+        "sources": [[str(path), size, mtime] for path, _, size, mtime in plan.sources],
+        "units": len(plan.units),
+        "tokenizer": tokenizer.record().model_dump(),
+        "options": settings.options().model_dump(),
+        "engine": tokenizer.engine,
+        "dtype": str(token_dtype(tokenizer.vocab_size)),
+        "libraries": {name: found for name, found in _versions().items() if name in _TOKENIZING},
+    }
+
+
+def _work(
+    plan: Plan,
+    journal: Journal,
+    job: Job,
+    settings: Settings,
+    progress: Callable[[Progress], None],
+) -> None:
+    """Does the units and hashes their sources, as far as neither is done."""
+    began = time.monotonic()
+    sizes = [sum(part.piece.bytes for part in unit) for unit in plan.units]
+    resumed = sum(sizes[: len(journal.units)])
+    if not settings.skip_faults and journal.skipped_rows:
+        raise DataError(journal.skipped_rows[0])
+    count = settings.workers or usable_cpus()
+    with Workers(job, min(count, max(1, len(plan.units) - len(journal.units)))) as workers:
+        hashes: dict[str, Future[str]] = {}
+        for result in _results(plan, journal, settings, workers, hashes):
+            journal.add_unit(result, settings.token_budget)
+            _take_hashes(journal, hashes, only_done=True)
+            progress(
+                Progress(
+                    bytes_read=sum(sizes[: len(journal.units)]),
+                    bytes_total=sum(sizes),
+                    documents=journal.documents,
+                    tokens=journal.tokens,
+                    bytes_resumed=resumed,
+                    seconds=time.monotonic() - began,
+                )
             )
-        if append_eod:
-            tokens = np.append(tokens, np.int32(tokenizer.eod_id))
-        writer.add_document(tokens, name=document.source)
-    return empty
+        _ask_hashes(workers, journal, hashes, plan.units[: len(journal.units)])
+        _take_hashes(journal, hashes, only_done=False)
+    if not journal.tokens:
+        raise DataError(f"{plan.sources[0].path}: no text in the inputs; give files with some")
+    for source in plan.sources:
+        stat = source.path.stat()
+        if (stat.st_size, stat.st_mtime_ns) != (source.bytes, source.mtime_ns):
+            raise DataError(f"{source.path}: changed while it was read; start over with --restart")
+
+
+def _results(
+    plan: Plan,
+    journal: Journal,
+    settings: Settings,
+    workers: Workers,
+    hashes: dict[str, Future[str]],
+) -> Iterator[UnitResult]:
+    """The units' results in order; a bounded number of units is ahead."""
+    waiting: deque[Future[UnitResult]] = deque()
+    following = len(journal.units)
+    ahead = 1 if workers.count == 1 else 2 * workers.count
+    while not _is_done(plan, journal, settings):
+        while following < len(plan.units) and len(waiting) < ahead:
+            unit = plan.units[following]
+            _ask_hashes(workers, journal, hashes, [unit])
+            waiting.append(workers.encode(following, unit))
+            following += 1
+        yield waiting.popleft().result()
+
+
+def _is_done(plan: Plan, journal: Journal, settings: Settings) -> bool:
+    budget = settings.token_budget
+    return len(journal.units) == len(plan.units) or (
+        budget is not None and journal.tokens >= budget
+    )
+
+
+def _ask_hashes(
+    workers: Workers, journal: Journal, hashes: dict[str, Future[str]], units: Sequence[Unit]
+) -> None:
+    """Has the units' sources hashed, once each; the read warms the cache for the unit."""
+    for unit in units:
+        for source, _ in unit:
+            name = str(source.path)
+            if name not in journal.sources and name not in hashes:
+                hashes[name] = workers.hash_file(source.path)
+
+
+def _take_hashes(journal: Journal, hashes: dict[str, Future[str]], *, only_done: bool) -> None:
+    for name in [name for name, future in hashes.items() if future.done() or not only_done]:
+        journal.add_source(name, hashes.pop(name).result())
+
+
+def _manifest(plan: Plan, journal: Journal, tokenizer: Tokenizer, settings: Settings) -> Manifest:
+    read = {part.source for unit in plan.units[: len(journal.units)] for part in unit}
+    return Manifest.model_validate(
+        {
+            "sources": [
+                FileRecord(
+                    name=str(source.path),
+                    bytes=source.bytes,
+                    xxh3=journal.sources[str(source.path)],
+                )
+                for source in plan.sources
+                if source in read
+            ],
+            "tokenizer": tokenizer.record(),
+            "options": settings.options(),
+            "dtype": str(token_dtype(tokenizer.vocab_size)),
+            "documents": journal.documents,
+            "empty_documents": sum(entry.empty for entry in journal.units),
+            "skipped": sum(entry.skipped for entry in journal.units) + len(plan.faults),
+            "skipped_rows": [*map(str, plan.faults), *journal.skipped_rows][:MOST_LISTED],
+            "tokens": journal.tokens,
+            "engine": tokenizer.engine,
+            "outputs": journal.write_outputs(),
+            "versions": _versions(),
+        }
+    )
+
+
+_TOKENIZING = ("sentencepiece", "tokenizers", "tiktoken")
 
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in ("taid-megatron", "numpy", "sentencepiece", "tokenizers"):
+    for package in ("taid-megatron", "numpy", "pyarrow", *_TOKENIZING):
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:  # tokenizers is optional
+        except PackageNotFoundError:  # pyarrow and tiktoken are optional
             continue
     return versions

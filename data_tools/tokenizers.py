@@ -6,14 +6,17 @@ is the tokenizer's own and never guessed.
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from data_tools.manifest import DataError, TokenizerRecord, hash_file, write_atomically
 
@@ -29,8 +32,12 @@ class Tokenizer(ABC):
     """Text to ids and back. `vocab_size` bounds every id; `eod_id` ends a document."""
 
     kind: str
+    engine: str
+    """The library that computes the ids."""
     vocab_size: int
     eod_id: int
+    parse_special = False
+    """Whether special tokens written out in a text become their ids."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -58,25 +65,38 @@ class Tokenizer(ABC):
 
 
 def load_tokenizer(
-    path: str | Path, *, eod_token: str | None = None, threads: int = 0
+    path: str | Path,
+    *,
+    eod_token: str | None = None,
+    threads: int = 0,
+    parse_special: bool = False,
 ) -> Tokenizer:
-    """A sentencepiece model (`*.model`) or a Hugging Face `tokenizer.json`.
+    """A sentencepiece model, a Hugging Face `tokenizer.json` or a tiktoken encoding, by ending.
 
     eod_token: the end-of-document token, where the tokenizer does not say which it is.
     threads: of sentencepiece's encoder; 0: one per CPU that this process may use.
+    parse_special: let special tokens that are written out in a text become their ids.
     Raises DataError where the file is missing, unreadable, or its end of document unknown.
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such file; give a sentencepiece .model or a tokenizer.json")
-    if path.suffix == ".model":
-        return SentencePieceTokenizer(path, eod_token, threads or _usable_cpus())
+        raise DataError(f"{path}: no such file; give a .model, a tokenizer.json or a .tiktoken")
     if path.suffix == ".json":
-        return JsonTokenizer(path, eod_token)
-    raise DataError(f"{path}: unknown kind of tokenizer; give a .model or a tokenizer.json")
+        return JsonTokenizer(path, eod_token, parse_special)
+    if path.suffix == ".tiktoken":
+        return TiktokenTokenizer(path, eod_token, parse_special)
+    if path.suffix != ".model":
+        raise DataError(
+            f"{path}: unknown kind of tokenizer; give a .model, a tokenizer.json or a .tiktoken"
+        )
+    if parse_special:
+        raise DataError(
+            f"{path}: sentencepiece finds no control tokens in a text; leave out --parse-special"
+        )
+    return SentencePieceTokenizer(path, eod_token, threads or usable_cpus())
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
     """CPUs that this process may use, not those of the machine; macOS knows only the latter."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -86,7 +106,7 @@ def _usable_cpus() -> int:
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model."""
 
-    kind = "sentencepiece"
+    kind = engine = "sentencepiece"
 
     def __init__(self, path: Path, eod_token: str | None, threads: int):
         import sentencepiece
@@ -146,8 +166,9 @@ class JsonTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json`, read by the `tokenizers` package."""
 
     kind = "tokenizer.json"
+    engine = "tokenizers"
 
-    def __init__(self, path: Path, eod_token: str | None):
+    def __init__(self, path: Path, eod_token: str | None, parse_special: bool = False):
         try:
             import tokenizers
         except ImportError as error:
@@ -162,25 +183,10 @@ class JsonTokenizer(Tokenizer):
         # A tokenizer.json may carry the settings of some fine-tuning script.
         self.model.no_truncation()
         self.model.no_padding()
-        self.model.encode_special_tokens = True
+        self.model.encode_special_tokens = not parse_special
+        self.parse_special = parse_special
         self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values()) + 1
-        self.eod_id = self._find_eod(eod_token)
-
-    def _find_eod(self, eod_token: str | None) -> int:
-        if eod_token is not None:
-            found = self.model.token_to_id(eod_token)
-            if found is None:
-                raise DataError(f"{self.path}: no token {eod_token!r}; give another --eod-token")
-            return found
-        ids = {token: self.model.token_to_id(token) for token in KNOWN_EOD_TOKENS}
-        known = [token for token in KNOWN_EOD_TOKENS if ids[token] is not None]
-        if len(known) != 1:
-            raise DataError(
-                f"{self.path}: which token ends a document is not clear (of "
-                f"{', '.join(KNOWN_EOD_TOKENS)} it has {', '.join(known) or 'none'}); "
-                "name it: --eod-token"
-            )
-        return ids[known[0]]
+        self.eod_id = find_special_eod(path, self.model.token_to_id, eod_token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, without any added special token. Each int32 [n]."""
@@ -190,6 +196,128 @@ class JsonTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens included."""
         return self.model.decode([int(token) for token in ids], skip_special_tokens=False)
+
+
+class TiktokenTokenizer(Tokenizer):
+    """A tiktoken rank file (a token's bytes in base64 and its rank on each line).
+
+    Such a file has neither pattern nor special tokens: FILE.json beside it tells them, as
+    {"pattern": REGEX, "special_tokens": {TOKEN: ID}}.
+    """
+
+    kind = engine = "tiktoken"
+
+    def __init__(self, path: Path, eod_token: str | None, parse_special: bool = False):
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise DataError(
+                f"{path}: reading it needs the package tiktoken; pip install 'taid-megatron[data]'"
+            ) from error
+        super().__init__(path)
+        self.parse_special = parse_special
+        beside = Path(f"{path}.json")
+        try:
+            description = json.loads(beside.read_bytes())
+            special: dict[str, int] = description["special_tokens"]
+            pairs = (line.split() for line in path.read_bytes().splitlines() if line)
+            self.model = tiktoken.Encoding(
+                path.name,
+                pat_str=description["pattern"],
+                mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in pairs},
+                special_tokens=special,
+            )
+            find_id = special.get
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise DataError(
+                f"{path}: not a tiktoken encoding ({type(error).__name__}: {error}); give the rank "
+                f'file, and "pattern" and "special_tokens" in {beside.name}'
+            ) from error
+        both = self.fingerprint + hash_file(beside)
+        self.fingerprint = xxhash.xxh3_128_hexdigest(both.encode())
+        self.vocab_size = self.model.max_token_value + 1
+        self.eod_id = find_special_eod(path, find_id, eod_token)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text. Each int32 [n]."""
+        if self.parse_special:
+            return [
+                np.asarray(self.model.encode(text, allowed_special="all"), dtype=np.int32)
+                for text in texts
+            ]
+        return [np.asarray(self.model.encode_ordinary(text), dtype=np.int32) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens included."""
+        return self.model.decode([int(token) for token in ids])
+
+
+def find_special_eod(
+    path: Path, token_to_id: Callable[[str], int | None], eod_token: str | None
+) -> int:
+    """The id of `eod_token`, or of the one token of KNOWN_EOD_TOKENS that there is."""
+    if eod_token is not None:
+        found = token_to_id(eod_token)
+        if found is None:
+            raise DataError(f"{path}: no token {eod_token!r}; give another --eod-token")
+        return found
+    ids = {token: token_to_id(token) for token in KNOWN_EOD_TOKENS}
+    known = {token: found for token, found in ids.items() if found is not None}
+    if len(known) != 1:
+        raise DataError(
+            f"{path}: which token ends a document is not clear (of "
+            f"{', '.join(KNOWN_EOD_TOKENS)} it has {', '.join(known) or 'none'}); "
+            "name it: --eod-token"
+        )
+    return next(iter(known.values()))
+
+
+def train_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int) -> None:
+    """Trains a tokenizer of the kind that the name asks for: `*.model` or `*.json`."""
+    kinds = {".model": train_sentencepiece, ".json": train_byte_level_bpe}
+    train = kinds.get(Path(out).suffix)
+    if train is None:
+        raise DataError(
+            f"{out}: unknown kind of tokenizer; end the name in .model (sentencepiece) or .json "
+            "(byte-level BPE)"
+        )
+    train(texts, out, vocab_size)
+
+
+def train_byte_level_bpe(texts: Iterable[str], out: str | Path, vocab_size: int) -> None:
+    """Trains a byte-level BPE on `texts` and writes it to `out` (`*.json`).
+
+    Every text round-trips exactly; digits are tokens of their own, as in SmolLM's tokenizer. Id 0
+    is `<|endoftext|>`. Raises DataError where the texts do not fill the vocabulary.
+    """
+    from tokenizers import Tokenizer as Model
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    out = Path(out)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    model = Model(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        # Sorted: the package's own order changes from run to run.
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    if model.get_vocab_size() != vocab_size:
+        raise DataError(
+            f"{out}: {vocab_size} tokens cannot be learned from these texts, but "
+            f"{model.get_vocab_size()}; change --vocab-size or give more text"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, model.to_str(pretty=True).encode())
 
 
 def train_sentencepiece(texts: Iterable[str], out: str | Path, vocab_size: int) -> None:

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.sources import Corpus, sample_texts, stdlib_root
+from data_tools.corpus import stdlib_root
+from data_tools.sources import Corpus, sample_texts
 from data_tools.tokenizers import SentencePieceTokenizer, load_tokenizer, train_sentencepiece
 
 

@@ -40,7 +40,7 @@ def test_from_text_to_checked_files(
     code, printed, _ = run(capsys, "inspect", out)
     assert printed.splitlines()[-1].endswith(" 0")  # ids, the end of document last
     code, printed, _ = run(capsys, "verify", out)
-    assert (code, "hashes match" in printed) == (0, True)
+    assert (code, "good: structure, index, counts, sizes, hashes, ids" in printed) == (0, True)
 
 
 def test_training_a_tokenizer(
@@ -110,7 +110,7 @@ def test_a_full_disk_and_an_interrupt_are_one_line(
     def fail(*arguments: object, **options: object) -> None:
         raise failure
 
-    monkeypatch.setattr(cli, "prepare", fail)
+    monkeypatch.setattr("data_tools.prepare.prepare", fail)
     out = text.parent / "a"
     code, _, error = run(capsys, "prepare", text, "--tokenizer", model_path, "--out", out)
     assert (code, fault in error, error.count("\n")) == (expected, True, 1)

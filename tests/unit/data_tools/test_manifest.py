@@ -28,7 +28,8 @@ HASH = "0" * 32
 def write(prefix: Path, documents: int = 4, tokens: int = 10) -> Path:
     with IndexedWriter(prefix, 100) as writer:
         for number in range(documents):
-            writer.add_document(np.arange(tokens) + number, name="made up")
+            ids = np.append(np.arange(tokens - 1) + number + 1, 0)
+            writer.add_document(ids, name="made up")
         outputs = writer.finish()
     record = {
         "sources": [{"name": "made up", "bytes": 0, "xxh3": HASH}],
@@ -135,8 +136,9 @@ def test_verify_follows_a_rename(tmp_path: Path) -> None:
 def test_data_without_a_manifest_is_verified_by_structure(tmp_path: Path) -> None:
     prefix = write(tmp_path / "a")
     manifest_path(prefix).unlink()
-    files, manifest = verify(prefix)
-    assert (files.num_tokens, manifest) == (40, None)
+    verdict = verify(prefix)
+    assert (verdict.files.num_tokens, verdict.manifest) == (40, None)
+    assert any("no manifest" in line for line in verdict.unchecked)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,23 @@
-"""From texts to token files: right, described, repeatable, all or nothing."""
+"""From texts to token files: right, described, repeatable, whoever does the work."""
 
+import gzip
 import json
+import multiprocessing
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from data_tools import prepare as prepare_module
-from data_tools.manifest import DataError, hash_file, read_manifest
-from data_tools.prepare import Progress, prepare
+from data_tools import readers, units
+from data_tools.engines import CheckedTokenizer
+from data_tools.manifest import DataError, check_indexed, hash_file, read_manifest
+from data_tools.prepare import Progress, Settings, prepare
 from data_tools.tokenizers import SentencePieceTokenizer
+from data_tools.units import Shard
 from data_tools.verify import verify
+from tests.unit.data_tools.test_engines import train as train_bpe
 
 TEXTS = ["first\n\tdocument", "", "second <|endoftext|> document", "漢字 third"]
 
@@ -22,18 +30,44 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose files are cut into some 40 units."""
+    for module in (readers, units):
+        monkeypatch.setattr(module, "PIECE_BYTES", 300)
+    folder = tmp_path / "many"
+    folder.mkdir()
+    texts = [f"document {i}\n" + "some words to count " * (i % 7) for i in range(120)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    pq.write_table(pa.table({"text": texts}), folder / "c.parquet", row_group_size=5)
+    return folder
+
+
 def run(corpus: Path, tokenizer: SentencePieceTokenizer, out: Path, **options):
-    return prepare([corpus], tokenizer, out, text_column="body", **options)
+    settings = Settings(**{"text_column": "body", "skip_faults": True, "workers": 1, **options})
+    return prepare([corpus], tokenizer.path, out, settings)
+
+
+def content(prefix: Path) -> dict[str, bytes]:
+    names = ("bin", "idx", "manifest.json")
+    return {name: Path(f"{prefix}.{name}").read_bytes() for name in names}
+
+
+def texts_of(prefix: Path, tokenizer: SentencePieceTokenizer) -> list[str]:
+    files = check_indexed(prefix)
+    documents = (files.document(number).tolist() for number in range(files.num_documents))
+    return [tokenizer.decode(ids) for ids in documents]
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
-@pytest.mark.parametrize("batch_documents", [1, 3, 500])
 def test_documents_come_back(
-    corpus: Path, tokenizer: SentencePieceTokenizer, append_eod: bool, batch_documents: int
+    corpus: Path, tokenizer: SentencePieceTokenizer, append_eod: bool
 ) -> None:
     out = corpus.parent.parent / "out" / "a.v1"
-    run(corpus, tokenizer, out, append_eod=append_eod, batch_documents=batch_documents)
-    files, _ = verify(out)
+    run(corpus, tokenizer, out, append_eod=append_eod)
+    files = verify(out).files
     texts = []
     for number in range(files.num_documents):
         ids = files.document(number).tolist()
@@ -48,28 +82,140 @@ def test_the_manifest_describes_the_run(corpus: Path, tokenizer: SentencePieceTo
     out = corpus.parent.parent / "a"
     manifest = run(corpus, tokenizer, out)
     assert manifest == read_manifest(out)
-    assert (manifest.documents, manifest.empty_documents) == (3, 1)
-    assert manifest.tokens == verify(out)[0].num_tokens
+    assert (manifest.documents, manifest.empty_documents, manifest.skipped) == (3, 1, 1)
+    assert manifest.skipped_rows == [f"{corpus}, row 2: empty text; mend or remove the row"]
+    assert manifest.tokens == verify(out).files.num_tokens
     assert manifest.tokenizer == tokenizer.record()
     assert manifest.sources[0].xxh3 == hash_file(corpus)
     assert [output.name for output in manifest.outputs] == ["a.bin", "a.idx"]
+    assert (manifest.engine, manifest.options.max_document_bytes) == ("sentencepiece", 32 << 20)
+    assert sorted(path.name for path in out.parent.glob("a*")) == [
+        "a.bin",
+        "a.idx",
+        "a.manifest.json",
+    ]
 
 
-def test_the_same_inputs_give_the_same_bytes(
-    corpus: Path, tokenizer: SentencePieceTokenizer
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_bytes_do_not_depend_on_the_workers(
+    many: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path, workers: int
 ) -> None:
-    folder = corpus.parent.parent
-    found = []
-    for _ in range(2):
-        run(corpus, tokenizer, folder / "a")
-        found.append({path.name: path.read_bytes() for path in folder.glob("a.*")})
-    assert found[0] == found[1]
-    assert set(found[0]) == {"a.bin", "a.idx", "a.manifest.json"}
+    one = run(many, tokenizer, tmp_path / "one" / "a", text_column="text")
+    run(many, tokenizer, tmp_path / "more" / "a", text_column="text", workers=workers)
+    assert content(tmp_path / "one" / "a") == content(tmp_path / "more" / "a")
+    texts = texts_of(tmp_path / "one" / "a", tokenizer)
+    assert len(texts) == one.documents == 360
+    assert [text.split("\n")[0] for text in texts] == [f"document {i}" for i in range(120)] * 3
+
+
+def test_shards_laid_one_after_the_other_are_the_whole(
+    many: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    run(many, tokenizer, tmp_path / "whole", text_column="text")
+    joined = b""
+    sources = []
+    for index in (1, 2, 3):
+        out = tmp_path / f"part{index}"
+        manifest = run(many, tokenizer, out, text_column="text", shard=Shard(index, 3))
+        assert manifest.options.shard == f"{index}/3"
+        joined += Path(f"{out}.bin").read_bytes()
+        sources += [Path(record.name).name for record in manifest.sources]
+    assert joined == Path(f"{tmp_path / 'whole'}.bin").read_bytes()
+    assert sorted({*sources}) == ["a.jsonl", "b.jsonl.gz", "c.parquet"]
+    assert len(sources) > 3  # a file between two shards is named by both
+    for shard in (Shard(0, 2), Shard(3, 2)):
+        with pytest.raises(DataError, match="give i/n with i from 1 to n"):
+            run(many, tokenizer, tmp_path / "x", shard=shard)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_token_budget_ends_with_the_document_that_reaches_it(
+    many: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path, workers: int
+) -> None:
+    run(many, tokenizer, tmp_path / "all", text_column="text")
+    lengths = check_indexed(tmp_path / "all").sequence_lengths()
+    budget = int(lengths[:99].sum()) + 1
+    out = tmp_path / "some"
+    manifest = run(many, tokenizer, out, text_column="text", token_budget=budget, workers=workers)
+    assert manifest.documents == 100
+    assert manifest.tokens == lengths[:100].sum()
+    whole = Path(f"{tmp_path / 'all'}.bin").read_bytes()
+    assert Path(f"{out}.bin").read_bytes() == whole[: 2 * manifest.tokens]
+    assert [Path(record.name).name for record in manifest.sources] == ["a.jsonl"]
+    exactly = run(many, tokenizer, out, text_column="text", token_budget=int(lengths[:100].sum()))
+    assert exactly.documents == 100
+    for bad, message in (({"token_budget": 0}, "above 0"), ({"shard": Shard(1, 2)}, "leave one")):
+        with pytest.raises(DataError, match=message):
+            run(many, tokenizer, out, **{"token_budget": 5, **bad})
+
+
+@pytest.mark.parametrize(
+    ("name", "fraction", "documents"),
+    [
+        ("c.parquet", 0.1, 12),
+        ("c.parquet", 0.101, 13),
+        ("c.parquet", 1.0, 120),
+        ("a.jsonl", 0.5, 60),
+    ],
+)
+def test_the_first_share_of_the_documents(
+    many: Path,
+    tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    name: str,
+    fraction: float,
+    documents: int,
+) -> None:
+    """Of tables exactly, rounded up; of lines those that start in that share of the bytes."""
+    out = tmp_path / "a"
+    manifest = run(many / name, tokenizer, out, text_column="text", fraction=fraction)
+    assert abs(manifest.documents - documents) <= (2 if name == "a.jsonl" else 0)
+    found = [text.split("\n")[0] for text in texts_of(out, tokenizer)]
+    assert found == [f"document {i}" for i in range(manifest.documents)]
+    with pytest.raises(DataError, match="tables together with other files"):
+        run(many, tokenizer, out, text_column="text", fraction=0.5)
+    with pytest.raises(DataError, match="fraction 0; give a number above 0"):
+        run(many / name, tokenizer, out, text_column="text", fraction=0)
+
+
+def test_the_default_stops_at_a_fault_and_a_second_call_may_skip_it(
+    many: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    """Nothing of what was done before is lost."""
+    with (many / "a.jsonl").open("a") as stream:
+        stream.write('{"text": null}\n')
+    out = tmp_path / "a"
+    options = {"text_column": "text", "skip_faults": False}
+    with pytest.raises(DataError, match=r"a\.jsonl, row 121: column 'text' is null"):
+        run(many, tokenizer, out, **options)
+    assert not Path(f"{out}.bin").exists()
+    done = len(Path(f"{out}.work/journal.jsonl").read_text().splitlines())
+    assert done > 10
+    seen: list[Progress] = []
+    settings = Settings(skip_faults=True, workers=1)
+    manifest = prepare([many], tokenizer.path, out, settings, progress=seen.append)
+    assert seen[0].bytes_resumed > 300 * 10
+    assert (manifest.documents, manifest.skipped, manifest.empty_documents) == (360, 1, 0)
+    assert "row 121: column 'text' is null" in manifest.skipped_rows[0]
+    run(many, tokenizer, tmp_path / "b", text_column="text")
+    assert Path(f"{out}.bin").read_bytes() == Path(f"{tmp_path / 'b'}.bin").read_bytes()
+
+
+def test_unreadable_files_are_skipped_and_listed(
+    many: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    (many / "d.parquet").write_bytes(b"PAR1 cut off")
+    with pytest.raises(DataError, match=r"d\.parquet: not a Parquet file"):
+        run(many, tokenizer, tmp_path / "a", text_column="text", skip_faults=False)
+    manifest = run(many, tokenizer, tmp_path / "a", text_column="text")
+    assert manifest.skipped == 1
+    assert "d.parquet: not a Parquet file" in manifest.skipped_rows[0]
 
 
 @pytest.mark.parametrize("earlier", [True, False])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_failed_run_changes_nothing(
-    corpus: Path, tokenizer: SentencePieceTokenizer, earlier: bool
+    corpus: Path, tokenizer: SentencePieceTokenizer, earlier: bool, workers: int
 ) -> None:
     folder = corpus.parent.parent
     if earlier:
@@ -77,40 +223,96 @@ def test_a_failed_run_changes_nothing(
     before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
     with corpus.open("a") as stream:
         stream.write('{"body": "cut o')
+    corpus.write_text(corpus.read_text().replace('""', '"not empty"'))
     with pytest.raises(DataError, match="row 5"):
-        run(corpus, tokenizer, folder / "a", batch_documents=1)
+        run(corpus, tokenizer, folder / "a", skip_faults=False, workers=workers)
     assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
 
 
-def test_progress_reaches_the_end(corpus: Path, tokenizer: SentencePieceTokenizer) -> None:
-    seen: list[Progress] = []
-    manifest = run(corpus, tokenizer, corpus.parent / "a", batch_documents=1, progress=seen.append)
-    assert len(seen) == len(TEXTS)
-    assert seen[-1].bytes_read == seen[-1].bytes_total == corpus.stat().st_size
-    assert (seen[-1].documents, seen[-1].tokens) == (manifest.documents, manifest.tokens)
-
-
-def test_long_documents_end_a_batch(
-    corpus: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+def test_progress_reaches_the_end(
+    many: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 10)
     seen: list[Progress] = []
-    run(corpus, tokenizer, corpus.parent / "a", progress=seen.append)
-    assert [state.documents for state in seen] == [1, 2, 3]
+    lines: list[str] = []
+    settings = Settings(workers=1)
+    manifest = prepare(
+        [many], tokenizer.path, tmp_path / "a", settings, progress=seen.append, say=lines.append
+    )
+    assert len(seen) > 30
+    assert [state.tokens for state in seen] == sorted(state.tokens for state in seen)
+    total = sum(path.stat().st_size for path in many.glob("*.jsonl*"))
+    assert seen[-1].bytes_read == seen[-1].bytes_total > total
+    assert (seen[-1].documents, seen[-1].tokens) == (manifest.documents, manifest.tokens)
+    assert lines == ["engine: sentencepiece"]
 
 
 def test_nothing_to_prepare(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     (tmp_path / "empty.txt").touch()
+    with pytest.raises(DataError, match=r"empty\.txt: zero bytes"):
+        prepare([tmp_path / "empty.txt"], tokenizer.path, tmp_path / "a", Settings(workers=1))
     with pytest.raises(DataError, match=r"empty\.txt: no text in the inputs"):
-        prepare([tmp_path / "empty.txt"], tokenizer, tmp_path / "a")
-    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+        run(tmp_path / "empty.txt", tokenizer, tmp_path / "a")
+    assert not list(tmp_path.glob("a.*[!k]"))
 
 
 def test_a_forged_end_of_document_is_refused(
-    tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: SentencePieceTokenizer
 ) -> None:
     """As where --eod-token names an ordinary token."""
-    monkeypatch.setattr(tokenizer, "eod_id", int(tokenizer.encode_batch(["a"])[0][0]))
-    (tmp_path / "a.txt").write_text("banana")
-    with pytest.raises(DataError, match=r"a\.txt: its text contains the end-of-document token"):
-        prepare([tmp_path / "a.txt"], tokenizer, tmp_path / "a")
+    (tmp_path / "a.jsonl").write_text('{"text": "xyz"}\n{"text": "banana"}\n')
+    piece = tokenizer.model.id_to_piece(int(tokenizer.encode_batch(["banana"])[0][0]))
+    with pytest.raises(DataError, match=r"a\.jsonl, row 2: its text contains the end-of-document"):
+        run(tmp_path / "a.jsonl", tokenizer, tmp_path / "a", text_column="text", eod_token=piece)
+
+
+def test_both_engines_give_the_same_bytes(tmp_path: Path, corpus: Path) -> None:
+    path = train_bpe(tmp_path / "bpe.json", "smollm")
+    settings = {"text_column": "body", "skip_faults": True, "workers": 1}
+    found = {}
+    for engine in ("tokenizers", "tiktoken", "auto"):
+        manifest = prepare([corpus], path, tmp_path / engine, Settings(**settings, engine=engine))
+        found[engine] = [
+            manifest.engine,
+            *(content(tmp_path / engine)[name] for name in ("bin", "idx")),
+        ]
+    assert found["tiktoken"][1:] == found["tokenizers"][1:]
+    assert found["auto"] == found["tiktoken"]
+    assert [found[engine][0] for engine in ("tokenizers", "tiktoken")] == ["tokenizers", "tiktoken"]
+
+
+def test_special_tokens_in_texts_are_parsed_where_asked(tmp_path: Path, corpus: Path) -> None:
+    path = train_bpe(tmp_path / "bpe.json", "gpt2")
+    counts = {}
+    for parse in (False, True):
+        settings = Settings(text_column="body", skip_faults=True, workers=1, parse_special=parse)
+        prepare([corpus], path, tmp_path / "a", settings)
+        tokens = np.fromfile(tmp_path / "a.bin", np.uint16)
+        counts[parse] = int((tokens == 0).sum())
+    assert counts == {False: 3, True: 4}
+
+
+def test_a_difference_between_engines_stops_a_worker(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differ(self: CheckedTokenizer, texts: list[str]) -> list[np.ndarray]:
+        raise DataError("different ids")
+
+    path = train_bpe(tmp_path / "bpe.json", "gpt2")
+    monkeypatch.setattr(CheckedTokenizer, "encode_batch", differ)
+    with pytest.raises(DataError, match="different ids"):
+        prepare([corpus], path, tmp_path / "a", Settings(text_column="body", workers=1))
+
+
+def test_a_worker_that_dies_is_told(
+    many: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    def kill_a_worker(state: Progress) -> None:
+        for process in multiprocessing.active_children()[:1]:
+            process.kill()
+
+    settings = Settings(workers=2)
+    with pytest.raises(ChildProcessError, match="a worker process died.*the same command goes on"):
+        prepare([many], tokenizer.path, tmp_path / "a", settings, progress=kill_a_worker)
+    run(many, tokenizer, tmp_path / "a", text_column="text")
+    run(many, tokenizer, tmp_path / "b", text_column="text")
+    assert content(tmp_path / "a")["idx"] == content(tmp_path / "b")["idx"]

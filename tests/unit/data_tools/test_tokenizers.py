@@ -8,8 +8,8 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from data_tools.corpus import stdlib_root
 from data_tools.manifest import DataError
-from data_tools.sources import stdlib_root
 from data_tools.tokenizers import (
     JsonTokenizer,
     SentencePieceTokenizer,

@@ -1,0 +1,41 @@
+"""A blend: prepared prefixes and their weights, in the form that the trainer's data.blend takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from data_tools.manifest import DataError, check_indexed, read_manifest, write_atomically
+
+
+def write_blend(weights: Mapping[str, float | None], out: str | Path) -> dict[str, float]:
+    """Writes [{prefix: ..., weight: ...}, ...] as one line of YAML; returns the weights used.
+
+    weights: by prefix, relative; None for all: each prefix weighs as many tokens as it has. Raises
+    DataError where a prefix is not there, a weight is no share, or the tokenizers differ.
+    """
+    if not weights:
+        raise DataError("nothing to blend; give PREFIX or PREFIX=WEIGHT")
+    given = [weight for weight in weights.values() if weight is not None]
+    if given and len(given) != len(weights):
+        raise DataError("some prefixes have a weight and some none; give it to all or to none")
+    if not all(math.isfinite(weight) and weight > 0 for weight in given):
+        raise DataError(f"weights {given}; give numbers above 0")
+    used: dict[str, float] = {}
+    made_by: dict[str, str] = {}
+    for prefix, weight in weights.items():
+        files = check_indexed(prefix)
+        manifest = read_manifest(prefix)
+        if manifest:
+            made_by[prefix] = manifest.tokenizer.fingerprint
+        used[prefix] = float(files.num_tokens) if weight is None else weight
+    if len({*made_by.values()}) > 1:
+        raise DataError(f"{', '.join(made_by)}: not of one tokenizer; prepare them with the same")
+    parts = [{"prefix": prefix, "weight": weight} for prefix, weight in used.items()]
+    line = yaml.safe_dump(parts, default_flow_style=True, width=math.inf, sort_keys=False)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(out), line.encode())
+    return used

@@ -1,0 +1,213 @@
+"""A faster library for the ids of a byte-level BPE, used only where it gives the reference's ids.
+
+The reference is the `tokenizers` package, which defines what a tokenizer.json means. tiktoken
+computes the same ids several times faster where the file is a byte-level BPE with a pattern that is
+known here. Before it is used it has to agree on a sample of the documents, and while it runs one
+document in RECHECK_EVERY is computed by both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_tools.manifest import DataError
+from data_tools.tokenizers import JsonTokenizer, Tokenizer
+
+ENGINES = ("auto", "tokenizers", "tiktoken")
+RECHECK_EVERY = 256
+
+# Where byte-level BPEs differ most: spaces before everything, digits, contractions, other scripts.
+AWKWARD_TEXTS = (
+    "a  b   c\n\n  d\t\te \r\n f ",
+    "1 12 123 1234567 ½ ٣٤ x1y22",
+    "it's IT'S we'LL they've 'quoted' ''s",
+    "漢字かな 한국어 עברית naïve e\u0301 \u0130\u0131ß",
+    "😀👩‍👩‍👧 \x00\x01\x7f \u2028\u00a0\u3000 \ufeff",
+    "(a)[b]{c} ==!= //* $#@ --- ... 'x' 1's",
+    "   ",
+    "\n",
+    " 1",
+    "  1  a",
+)
+
+_GPT2 = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Digits are cut out one by one first, so white space before one ends its fragment.
+_GPT2_AFTER_DIGITS = (
+    r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+)
+
+
+class UnsupportedError(Exception):
+    """Why tiktoken cannot stand in for a tokenizer."""
+
+
+class TiktokenEngine:
+    """Ids of a tokenizer.json by tiktoken; texts that it cannot do are left to the reference."""
+
+    def __init__(self, reference: JsonTokenizer):
+        """Raises UnsupportedError with the reason where the tokenizer is not of a known form."""
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise UnsupportedError(
+                "the package tiktoken is missing; pip install 'taid-megatron[data]'"
+            ) from error
+        self.reference = reference
+        description = json.loads(reference.path.read_bytes())
+        self._normalize = _normalizer(description.get("normalizer"))
+        # Added tokens that the reference finds in a text; whole texts with one go to the reference.
+        in_text = [
+            token["content"]
+            for token in description.get("added_tokens") or []
+            if reference.parse_special or not token["special"]
+        ]
+        self._in_text = re.compile("|".join(map(re.escape, in_text))) if in_text else None
+        ranks, self._ids = _ranks(description["model"])
+        self._encode = tiktoken.Encoding(
+            reference.path.name,
+            pat_str=_pattern(description.get("pre_tokenizer")),
+            mergeable_ranks=ranks,
+            special_tokens={},
+        ).encode_ordinary
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of one text. int32 [n]."""
+        if self._in_text and self._in_text.search(text):
+            return self.reference.encode_batch([text])[0]
+        try:
+            ranks = self._encode(self._normalize(text))
+        except BaseException as error:
+            # Rust panics on very long runs of white space; they derive from BaseException.
+            if type(error).__name__ != "PanicException" and not isinstance(error, ValueError):
+                raise
+            return self.reference.encode_batch([text])[0]
+        return self._ids[np.asarray(ranks, dtype=np.int32)]
+
+
+class CheckedTokenizer(Tokenizer):
+    """A tokenizer.json encoded by tiktoken, every so often by the reference too."""
+
+    kind = "tokenizer.json"
+    engine = "tiktoken"
+
+    def __init__(self, reference: JsonTokenizer):
+        """Raises UnsupportedError where tiktoken cannot stand in."""
+        self.reference = reference
+        self.path, self.fingerprint = reference.path, reference.fingerprint
+        self.vocab_size, self.eod_id = reference.vocab_size, reference.eod_id
+        self.parse_special = reference.parse_special
+        self._engine = TiktokenEngine(reference)
+        # From the operating system: other documents are re-checked in each process and run.
+        self._random = np.random.default_rng()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text. Raises DataError where a re-checked one differs."""
+        batch = [self._engine.encode(text) for text in texts]
+        for row in np.flatnonzero(self._random.random(len(texts)) < 1 / RECHECK_EVERY).tolist():
+            if not np.array_equal(self.reference.encode_batch([texts[row]])[0], batch[row]):
+                raise DataError(
+                    f"{self.path}: tiktoken and tokenizers give different ids for a document that "
+                    f"begins {texts[row][:60]!r}; start over with --engine tokenizers --restart"
+                )
+        return batch
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """As the reference."""
+        return self.reference.decode(ids)
+
+
+def choose_engine(
+    tokenizer: Tokenizer, engine: str, sample: Callable[[], Sequence[str]]
+) -> tuple[Tokenizer, str]:
+    """(the tokenizer to use, one line that says why).
+
+    engine: one of ENGINES; "auto" takes tiktoken where it can stand in and agrees on all of
+    `sample` and of AWKWARD_TEXTS. Raises DataError where tiktoken was asked for and cannot.
+    """
+    if engine not in ENGINES:
+        raise DataError(f"engine {engine!r}; choose one of {', '.join(ENGINES)}")
+    if engine == "tokenizers" or not isinstance(tokenizer, JsonTokenizer):
+        return tokenizer, f"engine: {tokenizer.engine}"
+    try:
+        checked = CheckedTokenizer(tokenizer)
+        texts = [*AWKWARD_TEXTS, *sample()]
+        _compare(tokenizer, checked, texts)
+    except UnsupportedError as reason:
+        if engine == "tiktoken":
+            raise DataError(f"{tokenizer.path}: {reason}; give --engine tokenizers") from reason
+        return tokenizer, f"engine: {tokenizer.engine}, for tiktoken cannot stand in ({reason})"
+    return checked, f"engine: tiktoken, gave the ids of tokenizers on {len(texts)} texts"
+
+
+def _compare(reference: JsonTokenizer, checked: CheckedTokenizer, texts: Sequence[str]) -> None:
+    for text in texts:
+        if not np.array_equal(reference.encode_batch([text])[0], checked._engine.encode(text)):
+            raise UnsupportedError(f"its ids differ for a text that begins {text[:40]!r}")
+
+
+def _normalizer(description: dict[str, Any] | None) -> Callable[[str], str]:
+    if description is None:
+        return lambda text: text
+    form = description["type"]
+    if form not in ("NFC", "NFKC", "NFD", "NFKD"):
+        raise UnsupportedError(f"normalizer {form}")
+    return lambda text: unicodedata.normalize(form, text)
+
+
+def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray]:
+    """(rank of each token's bytes, ids by rank).
+
+    tiktoken merges the pair whose result has the lowest rank: ranks follow the merges' order, with
+    the single bytes in front.
+    """
+    if model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback"):
+        raise UnsupportedError("not a plain BPE")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise UnsupportedError("a BPE with prefixes or suffixes")
+    to_byte = {character: byte for byte, character in enumerate(_byte_characters())}
+    vocab: dict[str, int] = model["vocab"]
+    merged = [
+        "".join(merge if isinstance(merge, list) else merge.split(" ", 1))
+        for merge in model["merges"]
+    ]
+    if any(token not in vocab for token in (*to_byte, *merged)):
+        raise UnsupportedError("a vocabulary without all bytes")
+    if len(set(merged)) != len(merged):  # several ways to one token: a file made from ranks
+        merged = sorted(set(merged), key=vocab.__getitem__)
+    order = [*to_byte, *(token for token in merged if token not in to_byte)]
+    ranks = {bytes(to_byte[character] for character in token): i for i, token in enumerate(order)}
+    return ranks, np.array([vocab[token] for token in order], dtype=np.int32)
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in a byte-level BPE. Source: GPT-2's encoder.py."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in shown else next(others)) for byte in range(256)]
+
+
+def _pattern(description: dict[str, Any] | None) -> str:
+    """The pre-tokenizer as one regular expression."""
+    if description is None:
+        raise UnsupportedError("no pre-tokenizer")
+    steps = description["pretokenizers"] if description["type"] == "Sequence" else [description]
+    *before, last = steps
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
+        raise UnsupportedError("a pre-tokenizer that is not byte-level, or adds a space")
+    if last.get("use_regex", True):
+        if not before:
+            return _GPT2
+        if [step["type"] for step in before] == ["Digits"] and before[0]["individual_digits"]:
+            return _GPT2_AFTER_DIGITS
+    elif [step["type"] for step in before] == ["Split"]:
+        (split,) = before
+        pattern = split["pattern"].get("Regex")
+        if pattern and split["behavior"] == "Isolated" and not split["invert"]:
+            return pattern
+    raise UnsupportedError("a pre-tokenizer of another form")

@@ -1,0 +1,87 @@
+"""What prepared files hold: counts, lengths, some documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.lengths import document_lengths, histogram_picture, histogram_text
+from data_tools.manifest import check_indexed, read_manifest
+from data_tools.tokenizers import Tokenizer, load_tokenizer
+from data_tools.verify import check_same_tokenizer
+
+
+def describe(
+    prefix: str | Path,
+    tokenizer: str | Path | None = None,
+    *,
+    eod_token: str | None = None,
+    shown: Sequence[int] = (0,),
+    histogram: Path | None = None,
+) -> tuple[str, dict[str, Any]]:
+    """(text for people, values for machines).
+
+    tokenizer: decodes the documents, which else are shown as ids. shown: numbers of documents;
+    those beyond the last are left out. histogram: a PNG to write. Raises DataError.
+    """
+    files = check_indexed(prefix)
+    manifest = read_manifest(prefix)
+    model = load_tokenizer(tokenizer, eod_token=eod_token) if tokenizer else None
+    if model and manifest:
+        check_same_tokenizer(prefix, manifest, model)
+    lines = [
+        f"documents: {files.num_documents:,}",
+        f"sequences: {files.num_sequences:,}",
+        f"tokens: {files.num_tokens:,}",
+        f"token type: {files.dtype}",
+    ]
+    values: dict[str, Any] = {
+        "documents": files.num_documents,
+        "sequences": files.num_sequences,
+        "tokens": files.num_tokens,
+        "dtype": str(files.dtype),
+    }
+    if manifest:
+        made_by = manifest.tokenizer
+        lines += [
+            f"tokenizer: {made_by.name} ({made_by.kind}, {made_by.vocab_size:,} ids)",
+            f"end of document: {made_by.eod_id if manifest.options.append_eod else 'none'}",
+            f"left out: {manifest.skipped:,}",
+        ]
+        values["manifest"] = manifest.model_dump()
+    if files.num_documents:
+        lengths = document_lengths(files)
+        percentiles = lengths.percentiles()
+        values["lengths"] = {
+            "mean": lengths.mean,
+            "smallest": lengths.smallest,
+            "largest": lengths.largest,
+            "percentiles": percentiles,
+            "histogram": lengths.by_powers_of_two(),
+        }
+        lines += [
+            f"tokens in a document: mean {lengths.mean:,.1f}, from {lengths.smallest:,} to "
+            f"{lengths.largest:,}; "
+            + ", ".join(f"{percent}% up to {value:,}" for percent, value in percentiles.items()),
+            histogram_text(lengths),
+        ]
+        if histogram:
+            histogram_picture(lengths, histogram, Path(prefix).name)
+    texts = {
+        number: _shown(files.document(number).tolist(), model)
+        for number in shown
+        if number < files.num_documents
+    }
+    values["texts"] = texts
+    for number, text in texts.items():
+        lines += [f"--- document {number}", text]
+    return "\n".join(lines), values
+
+
+def _shown(ids: list[int], model: Tokenizer | None) -> str:
+    if model is None:
+        return " ".join(map(str, ids))
+    if ids and ids[-1] == model.eod_id:
+        ids = ids[:-1]
+    return model.decode(ids)

@@ -1,0 +1,201 @@
+"""Prepared files laid one after the other, or dealt out by the documents' hashes."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from data_tools.indexed_writer import IndexedWriter
+from data_tools.manifest import (
+    CHUNK_ROWS,
+    DataError,
+    FileRecord,
+    IndexedFiles,
+    Manifest,
+    bin_path,
+    check_indexed,
+    manifest_path,
+    read_blocks,
+    read_manifest,
+    write_manifest,
+)
+
+_DOCUMENTS_PER_STEP = 1 << 16
+
+
+def merge(prefixes: Sequence[str | Path], out_prefix: str | Path) -> Manifest:
+    """Joins prepared data in the given order; memory is constant.
+
+    What is read is hashed on the way and compared with its manifest. Shards have to be all of
+    them, in order: then the result is what one run would have written. Raises DataError where a
+    file is damaged or two do not belong together.
+    """
+    if len(prefixes) < 2:
+        raise DataError("nothing to merge; give two prefixes or more")
+    if Path(out_prefix) in map(Path, prefixes):
+        raise DataError(f"{out_prefix}: is one of the inputs; give another --out")
+    parts = [_checked(prefix) for prefix in prefixes]
+    manifests = [manifest for _, manifest in parts]
+    _check_alike(prefixes, manifests)
+    shard = _check_shards(prefixes, manifests)
+    first = manifests[0]
+    dtype = np.dtype(first.dtype)
+    with IndexedWriter(out_prefix, first.tokenizer.vocab_size, dtype) as writer:
+        for files, manifest in parts:
+            _copy_tokens(files, manifest, writer)
+            _copy_tables(files, writer)
+        outputs = writer.finish()
+    merged = first.model_copy(
+        update={
+            "sources": _union(manifests),
+            "options": first.options.model_copy(update={"shard": shard}),
+            "documents": writer.num_documents,
+            "tokens": writer.num_tokens,
+            "empty_documents": sum(manifest.empty_documents for manifest in manifests),
+            "skipped": sum(manifest.skipped for manifest in manifests),
+            "skipped_rows": [row for manifest in manifests for row in manifest.skipped_rows][:1000],
+            "derived_from": [str(prefix) for prefix in prefixes],
+            "outputs": outputs,
+        }
+    )
+    write_manifest(out_prefix, merged)
+    return merged
+
+
+def split(
+    prefix: str | Path, shares: Mapping[str, float], out_prefix: str | Path, *, seed: int = 0
+) -> dict[str, Manifest]:
+    """Deals the documents out to OUT-NAME, by the hash of each document's tokens and the seed.
+
+    shares: name -> share of the documents; they add up to 1. Equal documents go the same way, and
+    none changes sides when others come or go. Raises DataError.
+    """
+    if len(shares) < 2 or any(not 0 < share < 1 for share in shares.values()):
+        raise DataError(f"shares {dict(shares)}; give two or more, each between 0 and 1")
+    if abs(sum(shares.values()) - 1) > 1e-9:
+        raise DataError(f"shares {dict(shares)} add up to {sum(shares.values()):g}; make it 1")
+    files, manifest = _checked(prefix)
+    bounds = [int(bound * 2**64) for bound in accumulate(shares.values())][:-1]
+    dtype, vocab_size = np.dtype(manifest.dtype), manifest.tokenizer.vocab_size
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(IndexedWriter(f"{out_prefix}-{name}", vocab_size, dtype))
+            for name in shares
+        ]
+        _deal(files, writers, bounds, seed)
+        for name, writer in zip(shares, writers, strict=True):
+            if not writer.num_documents:
+                raise DataError(f"{prefix}: no document falls to {name}; give it a larger share")
+        made = {}
+        for (name, share), writer in zip(shares.items(), writers, strict=True):
+            made[name] = manifest.model_copy(
+                update={
+                    "documents": writer.num_documents,
+                    "tokens": writer.num_tokens,
+                    "derived_from": [f"{prefix}, split {name} {share:g}, seed {seed}"],
+                    "outputs": writer.finish(),
+                }
+            )
+            write_manifest(f"{out_prefix}-{name}", made[name])
+    return made
+
+
+def _checked(prefix: str | Path) -> tuple[IndexedFiles, Manifest]:
+    files = check_indexed(prefix)
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        raise DataError(
+            f"{manifest_path(prefix)}: no such file; which tokenizer made the data is not known"
+        )
+    if (files.num_documents, files.num_tokens) != (manifest.documents, manifest.tokens):
+        raise DataError(f"{prefix}: its files do not belong together; see taid-data verify")
+    return files, manifest
+
+
+def _check_alike(prefixes: Sequence[str | Path], manifests: Sequence[Manifest]) -> None:
+    def traits(manifest: Manifest) -> dict[str, object]:
+        return {
+            "tokenizer": manifest.tokenizer.fingerprint,
+            "token type": manifest.dtype,
+            "end of document": (manifest.options.append_eod, manifest.tokenizer.eod_id),
+        }
+
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        for name, value in traits(manifest).items():
+            if value != traits(manifests[0])[name]:
+                raise DataError(
+                    f"{manifest_path(prefix)}: another {name} than {prefixes[0]}'s; prepare both "
+                    "alike"
+                )
+
+
+def _check_shards(prefixes: Sequence[str | Path], manifests: Sequence[Manifest]) -> str | None:
+    """What the merged data are a shard of: nothing, once all are there."""
+    shards = [manifest.options.shard for manifest in manifests]
+    if not any(shards):
+        return None
+    wanted = [f"{index}/{len(shards)}" for index in range(1, len(shards) + 1)]
+    if shards != wanted:
+        raise DataError(
+            f"{prefixes[0]}: shards {', '.join(map(str, shards))} in that order; give all of one "
+            "run, from the first to the last"
+        )
+    return None
+
+
+def _union(manifests: Sequence[Manifest]) -> list[FileRecord]:
+    return list(
+        {
+            (record.name, record.xxh3): record
+            for manifest in manifests
+            for record in manifest.sources
+        }.values()
+    )
+
+
+def _copy_tokens(files: IndexedFiles, manifest: Manifest, writer: IndexedWriter) -> None:
+    data = bin_path(files.prefix)
+    digest = xxhash.xxh3_128()
+    for block in read_blocks(data):
+        digest.update(block)
+        writer.add_tokens(block)
+    if digest.hexdigest() != manifest.outputs[0].xxh3:
+        raise DataError(
+            f"{data}: its content is not what its manifest describes; copy it again or prepare it "
+            "again"
+        )
+
+
+def _copy_tables(files: IndexedFiles, writer: IndexedWriter) -> None:
+    lengths, documents = files.sequence_lengths(), files.document_indices()
+    for first in range(0, files.num_documents, CHUNK_ROWS):
+        ends = documents[first : first + CHUNK_ROWS + 1]
+        writer.add_tables(lengths[ends[0] : ends[-1]], np.diff(ends))
+
+
+def _deal(
+    files: IndexedFiles, writers: Sequence[IndexedWriter], bounds: list[int], seed: int
+) -> None:
+    lengths, documents = files.sequence_lengths(), files.document_indices()
+    with bin_path(files.prefix).open("rb", buffering=1 << 20) as stream:
+        for first in range(0, files.num_documents, _DOCUMENTS_PER_STEP):
+            ends = np.array(documents[first : first + _DOCUMENTS_PER_STEP + 1])
+            cut = np.array(lengths[ends[0] : ends[-1]])
+            offsets = np.concatenate(([0], np.cumsum(cut, dtype=np.int64)))
+            sizes = np.diff(offsets[ends - ends[0]]) * files.dtype.itemsize
+            sides = np.empty(sizes.size, dtype=np.int64)
+            for number, size in enumerate(sizes.tolist()):
+                tokens = stream.read(size)
+                side = bisect_right(bounds, xxhash.xxh3_64_intdigest(tokens, seed))
+                writers[side].add_tokens(tokens)
+                sides[number] = side
+            counts = np.diff(ends)
+            of_sequence = np.repeat(sides, counts)
+            for side, writer in enumerate(writers):
+                writer.add_tables(cut[of_sequence == side], counts[sides == side])

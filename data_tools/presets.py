@@ -1,0 +1,107 @@
+"""Corpora of several parts, prepared by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_tools.blend import write_blend
+from data_tools.manifest import DataError, Manifest
+from data_tools.prepare import Progress, Settings, prepare
+from data_tools.sources import HUB, fetch_from_hub
+
+
+@dataclass(frozen=True)
+class CorpusPart:
+    """A folder of a corpus."""
+
+    name: str
+    pattern: str
+    """Of its files, below the corpus' folder."""
+    tokens: float
+    """As published; what it weighs where no weights are given."""
+    mend: str = ""
+    """How to come by the files where they are missing."""
+
+
+PRESETS: dict[str, tuple[str, tuple[CorpusPart, ...]]] = {
+    # Sizes: the data set's card. Weights by size are the corpus as it is; what blend other models
+    # were trained on was not published with it.
+    "smollm-corpus": (
+        f"{HUB}HuggingFaceTB/smollm-corpus",
+        (
+            CorpusPart("cosmopedia-v2", "cosmopedia-v2/*.parquet", 28e9),
+            CorpusPart("fineweb-edu-dedup", "fineweb-edu-dedup/*.parquet", 220e9),
+            CorpusPart(
+                "python-edu",
+                "python-edu/text/*.jsonl.gz",
+                4e9,
+                "its Parquet files hold ids only: taid-data fetch-python-edu '{root}/python-edu/"
+                "*.parquet' --out {root}/python-edu",
+            ),
+        ),
+    ),
+}
+
+
+def preset_parts(preset: str, chosen: Sequence[str] = ()) -> tuple[CorpusPart, ...]:
+    """The corpus' parts, or those of these names. Raises DataError for names that it lacks."""
+    if preset not in PRESETS:
+        raise DataError(f"preset {preset!r}; there is {', '.join(PRESETS)}")
+    _, parts = PRESETS[preset]
+    unknown = {*chosen} - {part.name for part in parts}
+    if unknown:
+        names = ", ".join(part.name for part in parts)
+        raise DataError(f"no part {', '.join(sorted(unknown))} in {preset}; it has {names}")
+    return tuple(part for part in parts if not chosen or part.name in chosen)
+
+
+def prepare_preset(
+    preset: str,
+    root: str | Path,
+    tokenizer: str | Path,
+    out_folder: str | Path,
+    settings: Settings,
+    *,
+    weights: Mapping[str, float] | None = None,
+    progress: Callable[[str, Progress], None] = lambda part, state: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Manifest]:
+    """Prepares each part of the corpus below `root` as OUT/PART, then writes OUT/blend.yaml.
+
+    weights: of the parts to prepare, by name; none: all parts, by their published sizes. A token
+    budget is dealt out by the weights; a fraction holds for each part, in the order of its files'
+    names, which its manifest lists. A part that is done is not done again. Raises DataError.
+    """
+    if str(root).startswith(HUB):
+        root = fetch_from_hub(str(root))
+    parts = preset_parts(preset, list(weights or {}))
+    shares = {part.name: (weights or {}).get(part.name, part.tokens) for part in parts}
+    patterns = {}
+    for part in parts:
+        patterns[part.name] = str(Path(root) / part.pattern)
+        if not any(Path(root).glob(part.pattern)):
+            hint = part.mend.format(root=root) if part.mend else "check the folder"
+            raise DataError(
+                f"{patterns[part.name]}: no such file; {hint}, or name the other parts by --weight"
+            )
+    made = {}
+    for part in parts:
+        own = replace(settings, reuse=not settings.restart)
+        if settings.token_budget is not None:
+            share = shares[part.name] / sum(shares.values())
+            own = replace(own, token_budget=max(1, round(settings.token_budget * share)))
+        say(f"{part.name}: {patterns[part.name]}")
+
+        def show(state: Progress, name: str = part.name) -> None:
+            progress(name, state)
+
+        prefix = Path(out_folder) / part.name
+        made[part.name] = prepare(
+            [patterns[part.name]], tokenizer, prefix, own, progress=show, say=say
+        )
+    if settings.shard is None:
+        used = {str(Path(out_folder) / name): share for name, share in shares.items()}
+        write_blend(used, Path(out_folder) / "blend.yaml")
+    return made

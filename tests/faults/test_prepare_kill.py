@@ -1,0 +1,282 @@
+"""`taid-data prepare` killed at any moment: the next call goes on, and the bytes are the same."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from data_tools import journal, readers, units
+from data_tools.corpus import stdlib_root
+from data_tools.journal import Journal
+from data_tools.manifest import DataError
+from data_tools.prepare import Settings, prepare
+from data_tools.sources import Corpus, sample_texts
+from data_tools.tokenizers import train_sentencepiece
+
+KILLED = 137
+# What changes the disk, or makes sure that it did; a kill may come before each of them.
+STEPS = (
+    (journal.os, "truncate"),
+    (journal.os, "fsync"),
+    (journal.shutil, "rmtree"),
+    (journal, "write_atomically"),
+    (journal, "write_index"),
+    (journal, "remove_published"),
+    (journal, "sync_folder"),
+    (Path, "replace"),
+    (Path, "unlink"),
+    (Path, "touch"),
+    (Path, "mkdir"),
+    (Journal, "add_unit"),
+    (Journal, "_write_line"),
+    (Journal, "_sync"),
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(a tokenizer, a corpus of ten small documents)"""
+    folder = tmp_path_factory.mktemp("inputs")
+    texts = sample_texts(Corpus([stdlib_root() / "json"]), 300_000)
+    train_sentencepiece(texts, folder / "a.model", 400)
+    lines = [json.dumps({"text": f"document {i} " * 9}) + "\n" for i in range(10)]
+    (folder / "a.jsonl").write_text("".join(lines))
+    return folder / "a.model", folder / "a.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def _small_units(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for module in (readers, units):
+        monkeypatch.setattr(module, "PIECE_BYTES", 300)
+    yield
+
+
+def outputs(prefix: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in prefix.parent.glob(f"{prefix.name}*")}
+
+
+def in_a_child(work: Callable[[], object]) -> int:
+    """Exit code of a forked process that does the work; 0 where it got through."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die_before_step(number: int) -> None:
+    """Ends this process as a kill would, its buffers lost, before the number-th change of disk."""
+    left = [number]
+
+    def counted(function: Callable) -> Callable:
+        def wrapped(*args: object, **kwargs: object) -> object:
+            left[0] -= 1
+            if not left[0]:
+                os._exit(KILLED)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    for owner, name in STEPS:
+        setattr(owner, name, counted(getattr(owner, name)))
+
+
+def test_killed_before_every_change_of_the_disk(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+    """Once killed at each step, then run to the end; also where an earlier output is replaced."""
+    tokenizer, corpus = inputs
+
+    def run() -> object:
+        return prepare([corpus], tokenizer, tmp_path / "a", Settings(workers=1))
+
+    def run_and_die(number: int) -> object:
+        die_before_step(number)
+        return run()
+
+    run()
+    expected = outputs(tmp_path / "a")
+    assert sorted(expected) == ["a.bin", "a.idx", "a.manifest.json"]
+    number, code = 0, KILLED
+    while code == KILLED:
+        number += 1
+        code = in_a_child(lambda step=number: run_and_die(step))
+        if code == KILLED:
+            published = {name: (tmp_path / name).exists() for name in expected}
+            # Never an index or a manifest beside a .bin that they do not describe.
+            assert published["a.bin"]
+            assert published["a.idx"] or not published["a.manifest.json"]
+            run()
+            assert outputs(tmp_path / "a") == expected, f"killed before step {number}"
+    assert code == 0
+    assert number > 40
+
+
+def test_killed_again_and_again_on_the_way(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+    """Each run gets a little further than the one before; the last one finishes."""
+    tokenizer, corpus = inputs
+    settings = Settings(workers=1)
+    prepare([corpus], tokenizer, tmp_path / "whole", settings)
+    units_done = []
+    code = KILLED
+    while code == KILLED:
+
+        def run() -> None:
+            die_before_step(16)
+            prepare([corpus], tokenizer, tmp_path / "a", settings)
+
+        code = in_a_child(run)
+        lines = tmp_path / "a.work/journal.jsonl"
+        units_done.append(len(lines.read_text().splitlines()) if lines.exists() else 0)
+        assert len(units_done) < 50
+    assert len(units_done) > 3
+    for name in ("bin", "idx"):
+        whole = (tmp_path / f"whole.{name}").read_bytes()
+        assert (tmp_path / f"a.{name}").read_bytes() == whole
+
+
+DAMAGE = {
+    "line cut": ("journal.jsonl", lambda raw: raw[:-5]),
+    "line changed": ("journal.jsonl", lambda raw: raw.replace(b'"tokens":', b'"tokens":1', 1)),
+    "tokens cut": ("tokens", lambda raw: raw[:-1]),
+    "tokens lost": ("tokens", lambda raw: b""),
+    "tokens changed": ("tokens", lambda raw: raw[:50] + bytes([raw[50] ^ 1]) + raw[51:]),
+    "tokens of a kill": ("tokens", lambda raw: raw + b"half a unit"),
+    "lengths cut": ("lengths", lambda raw: raw[:-1]),
+    "lengths changed": ("lengths", lambda raw: raw[:4] + b"\x01\x00\x00\x00" + raw[8:]),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_what_the_disk_did_not_keep_is_done_anew(
+    tmp_path: Path, inputs: tuple[Path, Path], case: str
+) -> None:
+    tokenizer, corpus = inputs
+    settings = Settings(workers=1)
+    prepare([corpus], tokenizer, tmp_path / "whole", settings)
+
+    def run() -> None:
+        die_before_step(30)
+        prepare([corpus], tokenizer, tmp_path / "a", settings)
+
+    assert in_a_child(run) == KILLED
+    name, damage = DAMAGE[case]
+    path = tmp_path / "a.work" / name
+    assert path.read_bytes()
+    path.write_bytes(damage(path.read_bytes()))
+    prepare([corpus], tokenizer, tmp_path / "a", settings)
+    for ending in ("bin", "idx"):
+        whole = (tmp_path / f"whole.{ending}").read_bytes()
+        assert (tmp_path / f"a.{ending}").read_bytes() == whole
+
+
+def test_workers_and_parent_killed_at_random(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+    """The command with two workers, SIGKILL at moments drawn at random; no worker outlives it."""
+    tokenizer, _ = inputs
+    corpus = tmp_path / "in.jsonl"
+    line = json.dumps({"text": "some words and numbers 123\n" * 400}) + "\n"
+    corpus.write_text(line * 4000)  # 6 units of 8 MB
+    command = [sys.executable, "-m", "data_tools.cli", "prepare", str(corpus), "--workers", "2"]
+    command += ["--tokenizer", str(tokenizer), "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    draw = random.Random(os.urandom(8))
+    kills, code = 0, -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "a")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        try:
+            process.wait(timeout=draw.uniform(0.5, 2.5) if kills < 4 else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        # The pipe closes when the last process that holds it has ended.
+        assert process.stdout
+        printed = process.stdout.read().decode()
+        code = process.wait()
+    assert code == 0, printed
+    assert kills > 1
+    for ending in ("bin", "idx"):
+        whole = (tmp_path / f"whole.{ending}").read_bytes()
+        assert (tmp_path / f"a.{ending}").read_bytes() == whole
+
+
+def test_two_runs_into_one_prefix(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+    """The second is refused while the first works; killed, the first is no obstacle."""
+    tokenizer, corpus = inputs
+    plan = {"dtype": "uint16"}
+    with Journal(tmp_path / "a", plan):
+        with pytest.raises(DataError, match=r"a\.work: another run is working there"):
+            prepare([corpus], tokenizer, tmp_path / "a", Settings(workers=1))
+        prepare([corpus], tokenizer, tmp_path / "b", Settings(workers=1))
+
+    def hold() -> None:
+        Journal(tmp_path / "a", plan)
+        time.sleep(60)
+
+    pid = os.fork()
+    if not pid:
+        hold()
+    while not (tmp_path / "a.work/journal.jsonl").exists():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with pytest.raises(DataError, match="begun with other .*sources.*--restart"):
+        prepare([corpus], tokenizer, tmp_path / "a", Settings(workers=1))
+    prepare([corpus], tokenizer, tmp_path / "a", Settings(workers=1, restart=True))
+    assert not (tmp_path / "a.work").exists()
+
+
+def test_a_source_that_changed_is_not_mixed_in(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+    tokenizer, original = inputs
+    corpus = tmp_path / "b.jsonl"
+    corpus.write_bytes(original.read_bytes())
+
+    def run() -> None:
+        die_before_step(30)
+        prepare([corpus], tokenizer, tmp_path / "a", Settings(workers=1))
+
+    assert in_a_child(run) == KILLED
+    os.utime(corpus, ns=(1, 1))
+    with pytest.raises(DataError, match=r"a\.work: begun with other sources"):
+        prepare([corpus], tokenizer, tmp_path / "a", Settings(workers=1))
+
+    def change(state: object) -> None:
+        os.utime(corpus, ns=(2, 2))
+
+    settings = Settings(workers=1, restart=True)
+    with pytest.raises(DataError, match=r"b\.jsonl: changed while it was read; start over"):
+        prepare([corpus], tokenizer, tmp_path / "a", settings, progress=change)
+    assert not (tmp_path / "a.bin").exists()
+
+
+def test_a_full_disk_keeps_what_is_done(
+    tmp_path: Path, inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, corpus = inputs
+    prepare([corpus], tokenizer, tmp_path / "whole", Settings(workers=1))
+    original = Journal.add_unit
+
+    def full(self: Journal, *args: object) -> None:
+        if len(self.units) == 3:
+            raise OSError(28, "No space left on device")
+        original(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Journal, "add_unit", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare([corpus], tokenizer, tmp_path / "a", Settings(workers=1))
+    assert [path.name for path in tmp_path.glob("a*")] == ["a.work"]
+    monkeypatch.setattr(Journal, "add_unit", original)
+    said: list[str] = []
+    prepare([corpus], tokenizer, tmp_path / "a", Settings(workers=1), say=said.append)
+    assert "going on after unit 3" in said[-1]
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()

@@ -1,0 +1,188 @@
+"""tiktoken stands in for a tokenizer.json only where it gives the same ids, and is re-checked."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers as hf
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from data_tools import engines
+from data_tools.corpus import stdlib_root
+from data_tools.engines import AWKWARD_TEXTS, CheckedTokenizer, choose_engine
+from data_tools.manifest import DataError
+from data_tools.tokenizers import JsonTokenizer, load_tokenizer
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+PRE_TOKENIZERS = {
+    "gpt2": BYTE_LEVEL,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL]),
+    "llama3": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+
+
+def train(path: Path, form: str, **description: object) -> Path:
+    """A byte-level BPE of 700 ids; `description` overrides parts of the written JSON."""
+    model = hf.Tokenizer(models.BPE())
+    model.pre_tokenizer = PRE_TOKENIZERS[form]
+    model.decoder = decoders.ByteLevel()
+    if form == "llama3":
+        model.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    files = sorted((stdlib_root() / "json").glob("*.py"))
+    model.train_from_iterator([file.read_text() for file in files], trainer)
+    written = json.loads(model.to_str())
+    written.update(description)
+    path.write_text(json.dumps(written))
+    return path
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CheckedTokenizer]:
+    folder = tmp_path_factory.mktemp("bpe")
+    made = {}
+    for form in PRE_TOKENIZERS:
+        reference = load_tokenizer(train(folder / f"{form}.json", form))
+        assert isinstance(reference, JsonTokenizer)
+        made[form] = CheckedTokenizer(reference)
+    return made
+
+
+@pytest.mark.parametrize("form", PRE_TOKENIZERS)
+@settings(max_examples=80, deadline=None)
+@given(text=st.text(alphabet=st.characters(codec="utf-8"), max_size=40) | st.text("a1 \n'.\t-é"))
+@example(text="  1  a   \n 12'3 's")
+@example(text="<|endoftext|> is text")
+def test_the_same_ids(checked: dict[str, CheckedTokenizer], form: str, text: str) -> None:
+    tokenizer = checked[form]
+    (expected,) = tokenizer.reference.encode_batch([text])
+    (found,) = tokenizer.encode_batch([text])
+    assert found.tolist() == expected.tolist()
+    assert found.dtype == np.int32
+    assert tokenizer.eod_id not in found
+
+
+@pytest.mark.parametrize("form", PRE_TOKENIZERS)
+def test_real_texts_and_long_runs(checked: dict[str, CheckedTokenizer], form: str) -> None:
+    texts = [file.read_text() for file in sorted((stdlib_root() / "email").glob("*.py"))]
+    texts += [*AWKWARD_TEXTS, " " * 50_000 + "a", "a" * 3000, "\n" * 50_000]
+    for text in texts:
+        (expected,) = checked[form].reference.encode_batch([text])
+        assert checked[form].encode_batch([text])[0].tolist() == expected.tolist()
+
+
+def test_added_tokens_that_are_not_special_are_found_in_texts(tmp_path: Path) -> None:
+    tool = {"id": 700, "content": "<tool>", "special": False, "normalized": False}
+    tool.update({"single_word": False, "lstrip": False, "rstrip": False})
+    path = train(tmp_path / "a.json", "gpt2")
+    written = json.loads(path.read_text())
+    written["added_tokens"].append(tool)
+    path.write_text(json.dumps(written))
+    for parse_special, ids in ((False, [700]), (True, [700, 0])):
+        reference = load_tokenizer(path, parse_special=parse_special)
+        tokenizer, _ = choose_engine(reference, "tiktoken", list)
+        (found,) = tokenizer.encode_batch(["a <tool> b <|endoftext|>"])
+        assert found.tolist() == reference.encode_batch(["a <tool> b <|endoftext|>"])[0].tolist()
+        assert [token for token in found if token in (0, 700)] == ids
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "reason"),
+    [
+        ("gpt2", {"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
+        ("gpt2", {"pre_tokenizer": None}, "no pre-tokenizer"),
+        ("gpt2", {"pre_tokenizer": {"type": "Whitespace"}}, "not byte-level"),
+    ],
+)
+def test_other_forms_are_left_to_the_reference(
+    tmp_path: Path, form: str, change: dict[str, object], reason: str
+) -> None:
+    reference = load_tokenizer(train(tmp_path / "a.json", form, **change))
+    tokenizer, line = choose_engine(reference, "auto", list)
+    assert tokenizer is reference
+    assert reason in line
+    with pytest.raises(DataError, match=f"{reason}.*--engine tokenizers"):
+        choose_engine(reference, "tiktoken", list)
+
+
+def test_the_engine_is_chosen_by_the_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = load_tokenizer(train(tmp_path / "a.json", "gpt2"))
+    assert choose_engine(reference, "tokenizers", list)[0] is reference
+    tokenizer, line = choose_engine(reference, "auto", lambda: ["one", "two"])
+    assert (tokenizer.engine, "gave the ids of tokenizers on 12 texts" in line) == (
+        "tiktoken",
+        True,
+    )
+    assert tokenizer.record() == reference.record()
+    monkeypatch.setattr(engines, "_GPT2", r"\p{N}+|[^\p{N}]+")
+    tokenizer, line = choose_engine(reference, "auto", list)
+    assert tokenizer is reference
+    assert "its ids differ for a text that begins" in line
+    with pytest.raises(DataError, match="choose one of auto, tokenizers, tiktoken"):
+        choose_engine(reference, "fast", list)
+
+
+def test_a_difference_while_running_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, _ = choose_engine(load_tokenizer(train(tmp_path / "a.json", "gpt2")), "auto", list)
+    assert isinstance(tokenizer, CheckedTokenizer)
+    monkeypatch.setattr(tokenizer._engine, "_encode", lambda text: [1, 2])
+    assert tokenizer.encode_batch(["some text"])[0].size == 2  # one document is rarely re-checked
+    with pytest.raises(
+        DataError, match="different ids.*'some text'.*--engine tokenizers --restart"
+    ):
+        tokenizer.encode_batch(["some text"] * 256 * 20)
+
+
+def test_without_tiktoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = load_tokenizer(train(tmp_path / "a.json", "gpt2"))
+    monkeypatch.setitem(__import__("sys").modules, "tiktoken", None)
+    tokenizer, line = choose_engine(reference, "auto", list)
+    assert tokenizer is reference
+    assert "tiktoken is missing" in line
+
+
+def test_rank_files(tmp_path: Path) -> None:
+    """A tiktoken rank file with its pattern beside it gives the ids of the BPE it was made from."""
+    import base64
+
+    reference = load_tokenizer(train(tmp_path / "a.json", "gpt2"))
+    assert isinstance(reference, JsonTokenizer)
+    ranks, ids = engines._ranks(json.loads(reference.path.read_text())["model"])
+    path = tmp_path / "a.tiktoken"
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+    path.write_text("".join(lines))
+    with pytest.raises(DataError, match="not a tiktoken encoding .*in a.tiktoken.json"):
+        load_tokenizer(path)
+    beside = {"pattern": engines._GPT2, "special_tokens": {"<|endoftext|>": 699}}
+    Path(f"{path}.json").write_text(json.dumps(beside))
+    model = load_tokenizer(path)
+    assert (model.vocab_size, model.eod_id, model.kind) == (700, 699, "tiktoken")
+    for text in ("some text 12", "<|endoftext|>"):
+        found = model.encode_batch([text])[0]
+        assert ids[found].tolist() == reference.encode_batch([text])[0].tolist()
+        assert model.decode(found) == text
+    parsing = load_tokenizer(path, parse_special=True)
+    assert parsing.encode_batch(["<|endoftext|>"])[0].tolist() == [699]
+    assert parsing.fingerprint == model.fingerprint
+    beside["pattern"] = "."
+    Path(f"{path}.json").write_text(json.dumps(beside))
+    assert load_tokenizer(path).fingerprint != model.fingerprint
