@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from data_tools.journal import Journal
 from data_tools.manifest import DataError
 from data_tools.prepare import Settings, prepare
 from data_tools.sources import Corpus, sample_texts
-from data_tools.tokenizers import train_sentencepiece
+from data_tools.tokenizers import train_sentencepiece, train_tokenizer
 
 KILLED = 137
 # What changes the disk, or makes sure that it did; a kill may come before each of them.
@@ -52,10 +52,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(autouse=True)
-def _small_units(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (readers, units):
         monkeypatch.setattr(module, "PIECE_BYTES", 300)
-    yield
 
 
 def outputs(prefix: Path) -> dict[str, bytes]:
@@ -131,7 +130,7 @@ def test_killed_again_and_again_on_the_way(tmp_path: Path, inputs: tuple[Path, P
     while code == KILLED:
 
         def run() -> None:
-            die_before_step(16)
+            die_before_step(16 + len(units_done))
             prepare([corpus], tokenizer, tmp_path / "a", settings)
 
         code = in_a_child(run)
@@ -179,12 +178,12 @@ def test_what_the_disk_did_not_keep_is_done_anew(
         assert (tmp_path / f"a.{ending}").read_bytes() == whole
 
 
-def test_workers_and_parent_killed_at_random(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+def test_workers_and_parent_killed_at_random(tmp_path: Path) -> None:
     """The command with two workers, SIGKILL at moments drawn at random; no worker outlives it."""
-    tokenizer, _ = inputs
-    corpus = tmp_path / "in.jsonl"
-    line = json.dumps({"text": "some words and numbers 123\n" * 400}) + "\n"
-    corpus.write_text(line * 4000)  # 6 units of 8 MB
+    tokenizer, corpus = tmp_path / "bpe.json", tmp_path / "in.jsonl"
+    text = (stdlib_root() / "json/decoder.py").read_text()
+    train_tokenizer([text], tokenizer, 700)
+    corpus.write_text((json.dumps({"text": text}) + "\n") * 1400)  # 3 units of 8 MB
     command = [sys.executable, "-m", "data_tools.cli", "prepare", str(corpus), "--workers", "2"]
     command += ["--tokenizer", str(tokenizer), "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
@@ -195,7 +194,7 @@ def test_workers_and_parent_killed_at_random(tmp_path: Path, inputs: tuple[Path,
             [*command, str(tmp_path / "a")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         try:
-            process.wait(timeout=draw.uniform(0.5, 2.5) if kills < 4 else None)
+            process.wait(timeout=draw.uniform(1.0, 2.5) if kills < 3 else None)
         except subprocess.TimeoutExpired:
             process.kill()
             kills += 1

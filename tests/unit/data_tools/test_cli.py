@@ -1,15 +1,19 @@
 """The command: what it prints, one line where the input is bad, and its exit codes."""
 
+import gzip
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from typer.testing import CliRunner
 
-from data_tools import cli
+from data_tools import cli, readers, units
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -119,7 +123,10 @@ def test_a_full_disk_and_an_interrupt_are_one_line(
 def test_help_names_every_command() -> None:
     result = CliRunner().invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    assert all(name in result.output for name in ("prepare", "tokenizer", "inspect", "verify"))
+    assert all(
+        name in result.output
+        for name in ("prepare", "fetch-python-edu", "verify", "merge", "split", "blend")
+    )
 
 
 def test_as_a_process(tmp_path: Path, text: Path, model_path: Path) -> None:
@@ -132,3 +139,175 @@ def test_as_a_process(tmp_path: Path, text: Path, model_path: Path) -> None:
     assert done.stderr == (
         f"taid-data: {text}: not UTF-8 (byte 0); convert the file or leave it out\n"
     )
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
+    code, printed, error = run(capsys, *arguments, "--json")
+    assert code == 0, error
+    assert printed.count("\n") == 1
+    return json.loads(printed)
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    path = tmp_path / "lines.jsonl"
+    rows = [json.dumps({"text": f"document {number} has words"}) for number in range(40)]
+    path.write_text("\n".join([*rows, '{"text": null}', '{"text": ""}']) + "\n")
+    return path
+
+
+def test_bad_rows_stop_or_are_listed(
+    tmp_path: Path, lines: Path, model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--tokenizer", model_path, "--out", tmp_path / "a", "--log", tmp_path / "log")
+    code, _, error = run(capsys, "prepare", lines, *options)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "lines.jsonl, row 41: column 'text' is null" in error
+    code, printed, _ = run(capsys, "prepare", lines, *options, "--on-error", "skip")
+    assert code == 0
+    assert "40 documents (2 left out)" in printed
+    assert f"  {lines}, row 42: empty text" in printed
+    assert "engine: sentencepiece" in (tmp_path / "log").read_text()
+    assert "100%, 0 of 0 MB" in (tmp_path / "log").read_text()
+    for arguments, fault in (
+        (("--on-error", "ignore"), "choose stop or skip"),
+        (("--shard", "2"), "give i/n"),
+        (("--token-budget", "many"), "no number of tokens"),
+        (("--weight", "a=1"), "--weight goes with --preset"),
+        (("--engine", "fast", "--on-error", "skip"), None),
+    ):
+        code, _, error = run(capsys, "prepare", lines, *options, *arguments)
+        assert fault is None or (code == 2 and fault in error)
+
+
+def test_shards_merge_split_blend_for_machines(
+    tmp_path: Path,
+    lines: Path,
+    model_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ("--tokenizer", model_path, "--on-error", "skip", "--out")
+    for module in (readers, units):
+        monkeypatch.setattr(module, "PIECE_BYTES", 300)
+    given = ("prepare", lines, "--workers", 1, *options)
+    whole = run_json(capsys, *given, tmp_path / "whole")[str(tmp_path / "whole")]
+    for index in (1, 2):
+        run(capsys, *given, tmp_path / f"part{index}", "--shard", f"{index}/2")
+    parts = (tmp_path / "part1", tmp_path / "part2")
+    merged = run_json(capsys, "merge", *parts, "--out", tmp_path / "all")[str(tmp_path / "all")]
+    assert merged["outputs"][0]["xxh3"] == whole["outputs"][0]["xxh3"]
+    made = run_json(capsys, "split", tmp_path / "all", "a=0.5", "b=0.5", "--out", tmp_path / "s")
+    assert sum(manifest["documents"] for manifest in made.values()) == 40
+    blend = tmp_path / "blend.yaml"
+    used = run_json(
+        capsys, "blend", f"{tmp_path / 's-a'}=3", f"{tmp_path / 's-b'}=1", "--out", blend
+    )
+    assert list(used["blend"].values()) == [3.0, 1.0]
+    verdict = run_json(capsys, "verify", tmp_path / "s-a", "--tokenizer", model_path)
+    assert "tokenizer" in verdict["checked"]
+    assert "index" not in run_json(capsys, "verify", tmp_path / "s-a", "--fast")["checked"]
+    values = run_json(capsys, "inspect", tmp_path / "whole", "--tokenizer", model_path)
+    assert values["texts"] == {"0": "document 0 has words"}
+    assert values["lengths"]["largest"] > 5
+    code, printed, _ = run(capsys, "inspect", tmp_path / "whole", "--first", 38, "--documents", 9)
+    assert printed.count("--- document") == 2
+    assert "\n    tokens  documents\n" in printed
+
+
+def test_the_histogram_is_a_picture(
+    tmp_path: Path, lines: Path, model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--tokenizer", model_path, "--out", tmp_path / "a", "--on-error", "skip")
+    run(capsys, "prepare", lines, *options)
+    code, _, error = run(capsys, "inspect", tmp_path / "a", "--histogram", tmp_path / "a.jpg")
+    assert (code, "ends in .png" in error) == (2, True)
+    code, _, error = run(capsys, "inspect", tmp_path / "a", "--histogram", tmp_path / "a.png")
+    assert code == 0, error
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_byte_level_bpe_is_trained_and_used(
+    tmp_path: Path, lines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:40]))
+    for name in ("a", "b"):
+        out = tmp_path / f"{name}.json"
+        code, printed, error = run(capsys, "tokenizer", lines, "--out", out, "--vocab-size", 270)
+        assert code == 0, error
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    code, _, error = run(capsys, "tokenizer", lines, "--out", out, "--vocab-size", 5000)
+    assert (code, "5000 tokens cannot be learned" in error) == (2, True)
+    code, _, error = run(capsys, "tokenizer", lines, "--out", "a.txt", "--vocab-size", 270)
+    assert (code, "end the name in .model" in error) == (2, True)
+    manifest = run_json(capsys, "prepare", lines, "--tokenizer", out, "--out", tmp_path / "p")
+    assert manifest[str(tmp_path / "p")]["engine"] == "tiktoken"
+
+
+@pytest.fixture
+def smollm(tmp_path: Path) -> Path:
+    """The data set's folders in miniature."""
+    root = tmp_path / "smollm-corpus"
+    for part, rows in (("cosmopedia-v2", 30), ("fineweb-edu-dedup", 200)):
+        for number in (0, 1):
+            path = root / part / f"train-{number}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            texts = [f"{part} {number} {row} some words" for row in range(rows)]
+            pq.write_table(pa.table({"prompt": texts, "text": texts}), path, row_group_size=10)
+    (root / "python-edu").mkdir()
+    pq.write_table(pa.table({"blob_id": ["aa"]}), root / "python-edu" / "ids.parquet")
+    (root / "README.md").write_text("about")
+    return root
+
+
+def test_the_smollm_preset(
+    tmp_path: Path, smollm: Path, model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    given = (
+        "prepare",
+        smollm,
+        "--preset",
+        "smollm-corpus",
+        "--tokenizer",
+        model_path,
+        "--out",
+        out,
+    )
+    code, _, error = run(capsys, *given)
+    assert (code, "hold ids only: taid-data fetch-python-edu" in error) == (2, True), error
+    contents = smollm / "python-edu/text/part-00000.jsonl.gz"
+    contents.parent.mkdir()
+    contents.write_bytes(gzip.compress(json.dumps({"text": "print(1)"}).encode()))
+    made = run_json(capsys, *given, "--fraction", 0.1)
+    assert [manifest["documents"] for manifest in made.values()] == [6, 40, 1]
+    assert [
+        Path(record["name"]).name for record in made[str(out / "cosmopedia-v2")]["sources"]
+    ] == ["train-0.parquet"]
+    blend = yaml.safe_load((out / "blend.yaml").read_text())
+    assert [part["weight"] for part in blend] == [28e9, 220e9, 4e9]
+    before = (out / "cosmopedia-v2.bin").stat().st_mtime_ns
+    run_json(capsys, *given, "--fraction", 0.1)
+    assert (out / "cosmopedia-v2.bin").stat().st_mtime_ns == before  # done, and not done again
+    weights = ("--weight", "cosmopedia-v2=3", "--weight", "fineweb-edu-dedup=1")
+    made = run_json(capsys, *given, *weights, "--token-budget", "0.4K")
+    tokens = [manifest["tokens"] for manifest in made.values()]
+    assert len(tokens) == 2
+    assert 300 <= tokens[0] < 330
+    assert 100 <= tokens[1] < 130
+    assert (out / "cosmopedia-v2.bin").stat().st_mtime_ns != before
+    for arguments, fault in (
+        (("--weight", "web=1"), "no part web in smollm-corpus"),
+        (("--preset", "c4"), "preset 'c4'; there is smollm-corpus"),
+    ):
+        code, _, error = run(capsys, *given, *arguments)
+        assert (code, fault in error) == (2, True), error
+
+
+def test_fetching_is_a_command(
+    tmp_path: Path, smollm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = smollm / "python-edu" / "ids.parquet"
+    options = ("--out", tmp_path / "f", "--tries", 1, "--endpoint", "http://127.0.0.1:9")
+    code, _, error = run(capsys, "fetch-python-edu", ids, *options)
+    assert (code, "no content after 1 tries" in error) == (2, True)

@@ -1,0 +1,293 @@
+"""Merged shards are what one run writes; a split loses and doubles nothing; verify checks all."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from data_tools import verify as verify_module
+from data_tools.blend import write_blend
+from data_tools.indexed_writer import IndexedWriter
+from data_tools.lengths import document_lengths, histogram_text
+from data_tools.manifest import (
+    DataError,
+    Manifest,
+    check_indexed,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
+from data_tools.merge import merge, split
+from data_tools.prepare import Settings, prepare
+from data_tools.tokenizers import SentencePieceTokenizer
+from data_tools.units import Shard
+from data_tools.verify import verify
+from taid_megatron.config.load import load
+from tests.unit.data_tools.test_manifest import HASH
+from tests.unit.data_tools.test_prepare import content, many  # noqa: F401 - a fixture
+
+
+def write(prefix: Path, documents: list[list[list[int]]], **changes: object) -> Path:
+    """Documents as sequences of ids; 0 ends a document."""
+    with IndexedWriter(prefix, 100) as writer:
+        for sequences in documents:
+            tokens = np.array([token for sequence in sequences for token in sequence], dtype=int)
+            writer.add_document(tokens, name="x", lengths=[len(part) for part in sequences])
+        outputs = writer.finish()
+    record = {
+        "sources": [{"name": str(prefix), "bytes": 0, "xxh3": HASH}],
+        "tokenizer": {
+            "kind": "sentencepiece",
+            "name": "a.model",
+            "fingerprint": changes.get("fingerprint", HASH),
+            "vocab_size": 100,
+            "eod_id": 0,
+        },
+        "options": {"text_column": "text", "append_eod": changes.get("append_eod", True)},
+        "dtype": "uint16",
+        "documents": len(documents),
+        "empty_documents": 1,
+        "skipped": 1,
+        "skipped_rows": [f"{prefix}: empty"],
+        "tokens": writer.num_tokens,
+        "outputs": outputs,
+        "versions": {},
+    }
+    write_manifest(prefix, Manifest.model_validate(record))
+    return prefix
+
+
+FIRST = [[[1, 2, 0]], [[3], [4, 0]]]
+SECOND = [[[5, 0]], [[6, 7, 8, 0]], [[9, 0]]]
+
+
+def documents_of(prefix: Path) -> list[list[int]]:
+    files = check_indexed(prefix, deep=True)
+    return [files.document(number).tolist() for number in range(files.num_documents)]
+
+
+def test_merged_shards_are_what_one_run_writes(
+    many: Path,  # noqa: F811
+    tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+) -> None:
+    prefixes = []
+    whole = prepare([many], tokenizer.path, tmp_path / "whole", Settings(workers=1))
+    for index in (1, 2, 3):
+        prefixes.append(tmp_path / f"part{index}")
+        prepare([many], tokenizer.path, prefixes[-1], Settings(workers=1, shard=Shard(index, 3)))
+    merged = merge(prefixes, tmp_path / "merged")
+    for name in ("bin", "idx"):
+        assert content(tmp_path / "merged")[name] == content(tmp_path / "whole")[name]
+    assert merged == read_manifest(tmp_path / "merged")
+    assert [output.xxh3 for output in merged.outputs] == [one.xxh3 for one in whole.outputs]
+    same = {"sources", "options", "documents", "tokens", "tokenizer", "skipped"}
+    assert merged.model_dump(include=same) == whole.model_dump(include=same)
+    for wrong in ([0, 2, 1], [0, 1]):
+        with pytest.raises(DataError, match="give all of one run, from the first to the last"):
+            merge([prefixes[number] for number in wrong], tmp_path / "wrong")
+
+
+def test_merging_keeps_documents_of_several_sequences(tmp_path: Path) -> None:
+    merged = merge([write(tmp_path / "a", FIRST), write(tmp_path / "b", SECOND)], tmp_path / "c")
+    assert documents_of(tmp_path / "c") == [[1, 2, 0], [3, 4, 0], [5, 0], [6, 7, 8, 0], [9, 0]]
+    assert check_indexed(tmp_path / "c").sequence_lengths().tolist() == [3, 1, 2, 2, 4, 2]
+    assert (merged.documents, merged.skipped, merged.empty_documents) == (5, 2, 2)
+    assert merged.derived_from == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert len(merged.sources) == 2
+    assert "hashes" in verify(tmp_path / "c").checked
+
+
+def flip(path: Path, offset: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 1
+    path.write_bytes(raw)
+
+
+def test_what_does_not_belong_together_is_not_merged(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", FIRST)
+    other = write(tmp_path / "other", SECOND, fingerprint="1" * 32)
+    without = write(tmp_path / "without", SECOND, append_eod=False)
+    damaged = write(tmp_path / "damaged", SECOND)
+    flip(Path(f"{damaged}.bin"), 4)
+    bare = write(tmp_path / "bare", SECOND)
+    manifest_path(bare).unlink()
+    for second, fault in (
+        (other, "another tokenizer than"),
+        (without, "another end of document than"),
+        (damaged, "its content is not what its manifest describes"),
+        (bare, "which tokenizer made the data is not known"),
+    ):
+        with pytest.raises(DataError, match=fault):
+            merge([a, second], tmp_path / "x")
+    for prefixes, out, fault in (([a], tmp_path / "x", "two"), ([a, a], a, "another --out")):
+        with pytest.raises(DataError, match=fault):
+            merge(prefixes, out)
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_a_split_deals_out_every_document_once(tmp_path: Path) -> None:
+    documents = [[[i % 90 + 1, i // 90 + 1], [0]] for i in range(2000)]
+    prefix = write(tmp_path / "a", documents)
+    made = split(prefix, {"train": 0.9, "test": 0.1}, tmp_path / "s")
+    parts = {name: documents_of(tmp_path / f"s-{name}") for name in made}
+    whole = documents_of(prefix)
+    assert sorted(parts["train"] + parts["test"]) == sorted(whole)
+    assert 140 < len(parts["test"]) < 260
+    assert [document for document in whole if document in parts["test"]] == parts["test"]
+    assert verify(tmp_path / "s-test").manifest == made["test"]
+    # No document changes sides when others come or go, or when it comes twice.
+    fewer = write(tmp_path / "b", documents[::3] + documents[:10])
+    split(fewer, {"train": 0.9, "test": 0.1}, tmp_path / "t")
+    assert all(document in parts["test"] for document in documents_of(tmp_path / "t-test"))
+    split(prefix, {"train": 0.9, "test": 0.1}, tmp_path / "u", seed=1)
+    assert documents_of(tmp_path / "u-test") != parts["test"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "fault"),
+    [
+        ({"a": 0.5, "b": 0.6}, "add up to 1.1"),
+        ({"a": 1.0}, "two or more"),
+        ({"a": 1.5, "b": -0.5}, "each between 0 and 1"),
+        ({"a": 1 - 1e-6, "b": 1e-6}, "no document falls to b"),
+    ],
+)
+def test_impossible_splits(tmp_path: Path, shares: dict[str, float], fault: str) -> None:
+    prefix = write(tmp_path / "a", FIRST)
+    with pytest.raises(DataError, match=fault):
+        split(prefix, shares, tmp_path / "s")
+    assert not list(tmp_path.glob("s*"))
+
+
+def test_the_trainer_takes_a_blend(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", FIRST), write(tmp_path / "b with: blank", SECOND)
+    out = tmp_path / "blend.yaml"
+    assert write_blend({str(a): None, str(b): None}, out) == {str(a): 6.0, str(b): 8.0}
+    write_blend({str(a): 0.8, str(b): 0.2}, out)
+    config = {
+        "run": {"folder": str(tmp_path)},
+        "student": {
+            "architecture": {
+                "num_layers": 1,
+                "hidden_size": 8,
+                "num_attention_heads": 1,
+                "vocab_size": 100,
+            }
+        },
+        "loss": {"name": "cross_entropy"},
+        "training": {
+            "micro_batch_size": 1,
+            "global_batch_size": 1,
+            "seq_length": 4,
+            "steps": 1,
+        },
+        "optimizer": {"lr": 1e-3},
+        "data": {"blend": "x"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    loaded = load(tmp_path / "config.yaml", [f"data.blend={out.read_text()}"])
+    assert [(part.prefix, part.weight) for part in loaded.data.blend] == [(a, 0.8), (b, 0.2)]
+    for weights, fault in (
+        ({}, "nothing to blend"),
+        ({str(a): 1.0, str(b): None}, "to all or to none"),
+        ({str(a): -1.0}, "above 0"),
+        ({str(tmp_path / "none"): 1.0}, "no such file"),
+    ):
+        with pytest.raises(DataError, match=fault):
+            write_blend(weights, out)  # type: ignore[arg-type]
+    other = write(tmp_path / "other", SECOND, fingerprint="1" * 32)
+    with pytest.raises(DataError, match="not of one tokenizer"):
+        write_blend({str(a): 1.0, str(other): 1.0}, out)
+
+
+VERIFIED = ["structure", "index", "counts", "sizes", "hashes", "ids in the vocabulary"]
+
+
+@pytest.mark.parametrize("block_bytes", [4, 1 << 18])
+def test_what_verify_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr(
+        verify_module, "read_blocks", lambda path: original(path, block_bytes=block_bytes)
+    )
+    monkeypatch.setattr(verify_module, "CHUNK_ROWS", 2)
+    original: Callable = __import__("data_tools.manifest").manifest.read_blocks
+    documents = [*FIRST, *SECOND]
+    prefix = write(tmp_path / "a", documents)
+    assert verify(prefix).checked == [*VERIFIED, "ends of documents"]
+    assert verify(prefix, fast=True).checked == ["structure", "counts", "sizes"]
+    flip(Path(f"{prefix}.bin"), 2)
+    with pytest.raises(DataError, match=r"a\.bin: its content"):
+        verify(prefix)
+    verify(prefix, fast=True)
+    for name, changed, fault in (
+        ("id", [*documents, [[1, 99, 0]]], None),
+        ("late", [*documents, [[1, 2]]], r"token 15 ends a document and is not"),
+        ("within", [*FIRST, [[1, 0, 2, 0]], *SECOND], r"token 7 is the end-of-document id within"),
+        ("several", [*documents, [[1], [0], [3, 0]]], r"token 15 is the end-of-document id"),
+    ):
+        prefix = write(tmp_path / name, changed)
+        if fault is None:
+            verify(prefix)
+        else:
+            with pytest.raises(DataError, match=fault):
+                verify(prefix)
+    manifest = read_manifest(tmp_path / "id")
+    assert manifest
+    smaller = manifest.tokenizer.model_copy(update={"vocab_size": 99})
+    write_manifest(tmp_path / "id", manifest.model_copy(update={"tokenizer": smaller}))
+    with pytest.raises(DataError, match=r"token 15 has id 99, outside the vocabulary of 99"):
+        verify(tmp_path / "id")
+
+
+def test_verify_with_a_tokenizer(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+    prefix = write(tmp_path / "a", FIRST)
+    with pytest.raises(DataError, match="not the tokenizer that made"):
+        verify(prefix, tokenizer=tokenizer)
+    manifest_path(prefix).unlink()
+    verdict = verify(prefix)
+    assert verdict.unchecked[1:] == ["ids in the vocabulary", "ends of documents"]
+    verdict = verify(prefix, tokenizer=tokenizer)
+    assert verdict.checked[2:] == ["ids in the vocabulary", "ends of documents"]
+
+
+def test_lengths_of_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_tools.lengths.CHUNK_ROWS", 3)
+    monkeypatch.setattr("data_tools.lengths._LONGEST_COUNTED", 40)
+    sizes = [1, 2, 2, 3, 4, 5, 60, 7, 33, 8]
+    prefix = write(
+        tmp_path / "a", [[[1] * (size // 2), [1] * (size - size // 2)] for size in sizes]
+    )
+    lengths = document_lengths(check_indexed(prefix))
+    assert (lengths.smallest, lengths.largest, lengths.mean) == (1, 60, sum(sizes) / len(sizes))
+    assert lengths.by_powers_of_two() == [(0, 0), (1, 1), (2, 3), (4, 3), (8, 1), (16, 0), (32, 2)]
+    assert lengths.percentiles() == {1: 1, 10: 1, 50: 4, 90: 33, 99: 40}
+    assert "         4             3  ####" in histogram_text(lengths)
+    empty = write(tmp_path / "b", [[[]], [[1]]])
+    assert document_lengths(check_indexed(empty)).by_powers_of_two() == [(0, 1), (1, 1)]
+
+
+def test_memory_does_not_follow_the_number_of_documents(tmp_path: Path) -> None:
+    """At most 40 bytes per document, here far below: two million documents in some megabytes."""
+    code = (
+        "import sys, resource, numpy as np\n"
+        "from data_tools.indexed_writer import IndexedWriter\n"
+        "lengths = np.full(1 << 16, 2); one = np.ones(1 << 16, np.int64)\n"
+        "tokens = np.ones(1 << 17, np.uint16).data\n"
+        "def write(name, steps):\n"
+        "    with IndexedWriter(name, 100) as writer:\n"
+        "        for _ in range(steps):\n"
+        "            writer.add_tokens(tokens); writer.add_tables(lengths, one)\n"
+        "        writer.finish()\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "first = write(sys.argv[1], 32)\n"
+        "print((write(sys.argv[1], 96) - first) / (64 << 16))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 4  # bytes per further document
