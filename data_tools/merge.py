@@ -21,7 +21,7 @@ from data_tools.manifest import (
     bin_path,
     check_indexed,
     manifest_path,
-    read_blocks,
+    map_blocks,
     read_manifest,
     write_manifest,
 )
@@ -162,7 +162,7 @@ def _union(manifests: Sequence[Manifest]) -> list[FileRecord]:
 def _copy_tokens(files: IndexedFiles, manifest: Manifest, writer: IndexedWriter) -> None:
     data = bin_path(files.prefix)
     digest = xxhash.xxh3_128()
-    for block in read_blocks(data):
+    for block in map_blocks(data):
         digest.update(block)
         writer.add_tokens(block)
     if digest.hexdigest() != manifest.outputs[0].xxh3:

@@ -19,10 +19,12 @@ from data_tools.manifest import (
     check_indexed,
     hash_file,
     idx_path,
-    read_blocks,
+    map_blocks,
     read_manifest,
 )
 from data_tools.tokenizers import Tokenizer
+
+_BLOCK_TOKENS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -119,16 +121,19 @@ def _read_tokens(
     data, index = _outputs(files.prefix)
     digest = xxhash.xxh3_128()
     ends = _Ends(files) if eod_id is not None else None
+    is_end = np.empty(_BLOCK_TOKENS, dtype=bool)  # once: a new one per block costs more than ==
     position = 0
-    for block in read_blocks(data):
+    for block in map_blocks(data, _BLOCK_TOKENS * files.dtype.itemsize):
         digest.update(block)
         tokens = np.frombuffer(block, files.dtype)
         if vocab_size is not None:
             _check_ids(data, tokens, position, vocab_size)
         if ends is not None:
+            found = np.equal(tokens, eod_id, out=is_end[: tokens.size])
             expected = ends.before(position + tokens.size) - position
-            _check_ends(data, tokens == eod_id, expected, position, is_exact)
+            _check_ends(data, found, expected, position, is_exact)
         position += tokens.size
+        del tokens  # lets go of the block
     if manifest:
         found = (digest.hexdigest(), hash_file(index))
         for path, xxh3, record in zip((data, index), found, manifest.outputs, strict=True):

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -208,15 +207,12 @@ def test_the_trainer_takes_a_blend(tmp_path: Path) -> None:
 VERIFIED = ["structure", "index", "counts", "sizes", "hashes", "ids in the vocabulary"]
 
 
-@pytest.mark.parametrize("block_bytes", [4, 1 << 18])
+@pytest.mark.parametrize("block_tokens", [2, 1 << 17])
 def test_what_verify_checks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_tokens: int
 ) -> None:
-    monkeypatch.setattr(
-        verify_module, "read_blocks", lambda path: original(path, block_bytes=block_bytes)
-    )
+    monkeypatch.setattr(verify_module, "_BLOCK_TOKENS", block_tokens)
     monkeypatch.setattr(verify_module, "CHUNK_ROWS", 2)
-    original: Callable = __import__("data_tools.manifest").manifest.read_blocks
     documents = [*FIRST, *SECOND]
     prefix = write(tmp_path / "a", documents)
     assert verify(prefix).checked == [*VERIFIED, "ends of documents"]

@@ -1,0 +1,361 @@
+"""`taid-data` beside other ways of preparing data: ratios of CPU-seconds, side by side in one run.
+
+    python tests/benchmarks/data.py [--megabytes 40] [--vocabulary 32000] [--index-documents 2000000]
+                                    [--rounds 3] [--json FILE]
+
+The text is that of this Python's own library and packages (*.py), as Parquet with row groups of 500
+documents; the tokenizer is a byte-level BPE trained on some of it. Every version runs in a process
+of its own, its children counted, and the versions take turns; a ratio is the median over the rounds
+of that round's CPU-seconds. Memory is the peak resident size of the process. What is compared has
+to write the same bytes, else the run fails.
+
+`preprocess_data` follows Megatron-LM's tools/preprocess_data.py: JSON lines through a pool of one
+process, `encode` document by document, megatron-core's IndexedDatasetBuilder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from measure import peak_bytes, write_json
+
+from data_tools.indexed_writer import IndexedWriter
+from data_tools.manifest import map_blocks
+
+FORK = multiprocessing.get_context("fork")
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def cpu_seconds() -> float:
+    """Of this process and its ended children."""
+    own, ended = (
+        resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime
+
+
+def measure(work: Callable[[], object]) -> dict[str, float]:
+    """CPU-seconds and peak bytes of `work` in a process of its own, a fork of this one."""
+    receiver, sender = FORK.Pipe(duplex=False)
+
+    def child() -> None:
+        peak_bytes(reset=True)
+        began = cpu_seconds()
+        work()
+        seconds = cpu_seconds() - began
+        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        sender.send({"seconds": seconds, "peak": max(peak_bytes(), children)})
+
+    process = FORK.Process(target=child)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"a version failed with exit code {process.exitcode}")
+    return receiver.recv()
+
+
+def compare(versions: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    """Median CPU-seconds, and of the ratios to the first version, which are taken per round."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in versions}
+    for _ in range(rounds):
+        for name, work in versions.items():
+            found[name].append(measure(work))
+    first = next(iter(versions))
+    table = {}
+    for name, results in found.items():
+        ratios = [
+            base["seconds"] / one["seconds"]
+            for one, base in zip(results, found[first], strict=True)
+        ]
+        table[name] = {
+            "seconds": statistics.median(one["seconds"] for one in results),
+            "speed": statistics.median(ratios),
+            "slowest_round": min(ratios),
+            "fastest_round": max(ratios),
+            "peak": max(one["peak"] for one in results),
+        }
+    return table
+
+
+def show(title: str, table: dict[str, dict[str, float]], megabytes: float | None = None) -> None:
+    first = next(iter(table))
+    print(f"\n{title}; speed: CPU-seconds of '{first}' / those of the row, lowest-highest round")
+    for name, row in table.items():
+        rate = f"{megabytes / row['seconds']:9.2f} MB/CPU-s" if megabytes else ""
+        print(
+            f"  {name:34s} {row['speed']:7.2f} ({row['slowest_round']:.2f}-"
+            f"{row['fastest_round']:.2f}) {rate} peak {row['peak'] / 2**20:8.0f} MiB"
+        )
+
+
+# ---- the text ------------------------------------------------------------------------------------
+
+
+def make_inputs(folder: Path, megabytes: float, vocabulary: int) -> None:
+    """corpus.parquet, corpus.jsonl, bpe.json, bytes (of text). Texts come in a fixed order."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from data_tools.tokenizers import train_tokenizer
+
+    paths = sysconfig.get_paths()
+    files = sorted({*Path(paths["purelib"]).rglob("*.py"), *Path(paths["stdlib"]).rglob("*.py")})
+    # By hash: a mix of packages, whatever their names.
+    files.sort(key=lambda file: xxhash.xxh3_64_intdigest(file.name.encode()))
+    texts: list[str] = []
+    size = 0
+    for file in files:
+        raw = file.read_bytes()
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text:
+            texts.append(text)
+            size += len(raw)
+        if size >= megabytes * 1e6:
+            break
+    table = pa.table({"text": texts})
+    pq.write_table(table, folder / "corpus.parquet", row_group_size=500)
+    with (folder / "corpus.jsonl").open("w") as stream:
+        stream.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    train_tokenizer(texts[:: max(1, len(texts) // 1200)], folder / "bpe.json", vocabulary)
+    (folder / "bytes").write_text(str(size))
+
+
+# ---- tokenizing ----------------------------------------------------------------------------------
+
+
+def taid_data(folder: Path, out: str, engine: str) -> None:
+    from data_tools.prepare import Settings, prepare
+
+    settings = Settings(engine=engine, workers=1, restart=True)
+    prepare([folder / "corpus.parquet"], folder / "bpe.json", folder / out, settings)
+
+
+def tokenizer_alone(folder: Path) -> None:
+    """Ids of every text and nothing else, in the batches that taid-data takes."""
+    import pyarrow.parquet as pq
+
+    from data_tools.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(folder / "bpe.json")
+    for batch in pq.ParquetFile(folder / "corpus.parquet").iter_batches(64):
+        tokenizer.encode_batch(batch.column(0).to_pylist())
+
+
+_megatron_tokenizer: Any = None
+
+
+def _start_megatron(path: Path) -> None:
+    import tokenizers
+
+    global _megatron_tokenizer
+    _megatron_tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    _megatron_tokenizer.encode_special_tokens = True
+
+
+def _encode_megatron(line: str) -> list[int]:
+    text = json.loads(line)["text"]
+    ids = _megatron_tokenizer.encode(text, add_special_tokens=False).ids
+    return [*ids, 0]
+
+
+def preprocess_data(folder: Path) -> None:
+    """Source: Megatron-LM, tools/preprocess_data.py, with one worker and --append-eod."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(folder / "megatron.bin"), dtype=DType.optimal_dtype(32_000))
+    with (
+        (folder / "corpus.jsonl").open() as lines,
+        FORK.Pool(1, _start_megatron, (folder / "bpe.json",)) as pool,
+    ):
+        for ids in pool.imap(_encode_megatron, lines, 32):
+            builder.add_document(torch.IntTensor(ids), [len(ids)])
+        pool.close()
+        pool.join()
+    builder.finalize(str(folder / "megatron.idx"))
+
+
+def check_equal(folder: Path) -> None:
+    """All versions have written the same."""
+    for ending in ("bin", "idx"):
+        expected = (folder / f"megatron.{ending}").read_bytes()
+        for name in ("reference", "fast"):
+            if (folder / f"{name}.{ending}").read_bytes() != expected:
+                raise SystemExit(f"{name}.{ending} differs from what Megatron-LM's script writes")
+
+
+# ---- the index -----------------------------------------------------------------------------------
+
+
+def finalize_megatron(folder: Path, documents: int) -> None:
+    """The builder's lists as they are after `documents` documents, and its finalize."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=np.uint16)
+    builder.sequence_lengths = [500] * documents
+    builder.document_indices = list(range(documents + 1))
+    builder.finalize(str(folder / "theirs.idx"))
+
+
+def finalize_taid(folder: Path, documents: int) -> None:
+    """From the spooled lengths to the index, written and synced."""
+    step = 1 << 16
+    lengths, one = np.full(step, 500, np.int32), np.ones(step, np.int64)
+    with IndexedWriter(folder / "ours", 32_000) as writer:
+        for first in range(0, documents, step):
+            count = min(step, documents - first)
+            writer.add_tables(lengths[:count], one[:count])
+        writer.finish()
+
+
+# ---- whole files ---------------------------------------------------------------------------------
+
+
+def hash_pass(path: Path) -> None:
+    """verify's way through the file, with nothing but the hash."""
+    digest = xxhash.xxh3_128()
+    for block in map_blocks(path):
+        digest.update(block)
+
+
+def id_pass(path: Path) -> None:
+    """verify's way through the file, with nothing but the check of the ids."""
+    for block in map_blocks(path):
+        np.frombuffer(block, np.uint16).max()
+
+
+def verify_file(prefix: Path) -> None:
+    from data_tools.verify import verify
+
+    verify(prefix)
+
+
+def merge_files(folder: Path, count: int) -> None:
+    from data_tools.merge import merge
+
+    for file in folder.glob("copy*"):  # neither pays for the other's pages
+        file.unlink()
+    merge([folder / "big"] * count, folder / "merged")
+
+
+def copy_by_cp(folder: Path, count: int) -> None:
+    for file in folder.glob("merged*"):
+        file.unlink()
+    for number in range(count):
+        for ending in ("bin", "idx"):
+            source = str(folder / f"big.{ending}")
+            subprocess.run(["cp", source, str(folder / f"copy{number}.{ending}")], check=True)
+
+
+def make_big(folder: Path) -> None:
+    """The prepared text repeated to some 300 MB of tokens."""
+    from data_tools.merge import merge
+
+    size = (folder / "reference.bin").stat().st_size
+    merge([folder / "reference"] * max(2, 300_000_000 // size), folder / "big")
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    measure(lambda: make_inputs(folder, args.megabytes, args.vocabulary))
+    megabytes = float((folder / "bytes").read_text()) / 1e6
+    results: dict[str, Any] = {"megabytes_of_text": megabytes}
+    table = compare(
+        {
+            "preprocess_data": lambda: preprocess_data(folder),
+            "taid-data, tokenizers": lambda: taid_data(folder, "reference", "tokenizers"),
+            "tokenizers alone": lambda: tokenizer_alone(folder),
+            "taid-data, tiktoken": lambda: taid_data(folder, "fast", "tiktoken"),
+        },
+        args.rounds,
+    )
+    check_equal(folder)
+    show(f"Tokenizing {megabytes:.0f} MB", table, megabytes)
+    results["tokenizing"] = table
+
+    count = args.index_documents
+    table = compare(
+        {
+            "megatron-core": lambda: finalize_megatron(folder, count),
+            "taid-data": lambda: finalize_taid(folder, count),
+        },
+        args.rounds,
+    )
+    theirs, ours = ((folder / f"{name}.idx").read_bytes() for name in ("theirs", "ours"))
+    if theirs != ours:
+        raise SystemExit("the index differs from megatron-core's")
+    show(f"Index of {count:,} documents", table)
+    results["index"] = table
+
+    measure(lambda: make_big(folder))
+    big = (folder / "big.bin").stat().st_size / 1e6
+    in_memory = np.fromfile(folder / "big.bin", np.uint16)
+    table = compare(
+        {
+            "xxh3 of memory": lambda: xxhash.xxh3_128(in_memory),
+            "verify's hash pass": lambda: hash_pass(folder / "big.bin"),
+            "largest id in memory": lambda: in_memory.max(),
+            "verify's id pass": lambda: id_pass(folder / "big.bin"),
+            "taid-data verify, all": lambda: verify_file(folder / "big"),
+        },
+        max(5, args.rounds),
+    )
+    del in_memory
+    show(f"Verifying {big:.0f} MB of tokens", table, big)
+    results["verify"] = table
+    table = compare(
+        {
+            "cp": lambda: copy_by_cp(folder, 2),
+            "taid-data merge": lambda: merge_files(folder, 2),
+        },
+        max(5, args.rounds),
+    )
+    show(f"Merging 2 x {big:.0f} MB of tokens", table, 2 * big)
+    results["merge"] = table
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--megabytes", type=float, default=40)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--index-documents", type=int, default=2_000_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    began = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="taid-data-"))
+    try:
+        results = run(args, folder)
+    finally:
+        shutil.rmtree(folder)
+    print(f"\n{time.monotonic() - began:.0f} s in all, {sys.platform}")
+    write_json(args.json, results)
+
+
+if __name__ == "__main__":
+    main()
