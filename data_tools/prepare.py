@@ -29,7 +29,7 @@ from data_tools.manifest import (
     manifest_path,
     read_manifest,
 )
-from data_tools.readers import Document, ReadOptions
+from data_tools.rows import Document, ReadOptions
 from data_tools.sources import find_sources
 from data_tools.tokenizers import Tokenizer, load_tokenizer, usable_cpus
 from data_tools.units import Plan, Shard, Unit, make_plan, read_unit

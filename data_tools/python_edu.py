@@ -23,7 +23,8 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from data_tools.manifest import DataError, write_atomically
-from data_tools.readers import FORMATS, Document, Piece, ReadOptions
+from data_tools.readers import FORMATS
+from data_tools.rows import Document, Piece, ReadOptions
 from data_tools.sources import find_sources
 
 ENDPOINT = "https://softwareheritage.s3.amazonaws.com/content"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.manifest import DataError
-from data_tools.readers import FORMATS, Document, Format, ReadOptions, kind_of
+from data_tools.readers import FORMATS, kind_of
+from data_tools.rows import Document, Format, ReadOptions
 
 HUB = "hf://datasets/"
 

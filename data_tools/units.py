@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from data_tools import rows
 from data_tools.manifest import DataError
-from data_tools.readers import PIECE_BYTES, Fault, Piece, ReadOptions, Row
+from data_tools.rows import Fault, Piece, ReadOptions, Row
 from data_tools.sources import Source
 
 _MOST_PIECES = 4096  # of one unit: a folder of very small files
@@ -133,7 +134,7 @@ def _units(parts: list[Part]) -> Iterator[Unit]:
     unit: list[Part] = []
     size = 0
     for part in parts:
-        if unit and (size + part.piece.bytes > PIECE_BYTES or len(unit) == _MOST_PIECES):
+        if unit and (size + part.piece.bytes > rows.PIECE_BYTES or len(unit) == _MOST_PIECES):
             yield tuple(unit)
             unit, size = [], 0
         unit.append(part)

@@ -121,17 +121,17 @@ def _read_tokens(
     data, index = _outputs(files.prefix)
     digest = xxhash.xxh3_128()
     ends = _Ends(files) if eod_id is not None else None
-    is_end = np.empty(_BLOCK_TOKENS, dtype=bool)  # once: a new one per block costs more than ==
+    buffer = np.empty(_BLOCK_TOKENS, dtype=bool)  # once: a new one per block costs more than ==
     position = 0
     for block in map_blocks(data, _BLOCK_TOKENS * files.dtype.itemsize):
         digest.update(block)
         tokens = np.frombuffer(block, files.dtype)
         if vocab_size is not None:
             _check_ids(data, tokens, position, vocab_size)
-        if ends is not None:
-            found = np.equal(tokens, eod_id, out=is_end[: tokens.size])
+        if ends is not None and eod_id is not None:
+            is_end = np.equal(tokens, eod_id, out=buffer[: tokens.size])
             expected = ends.before(position + tokens.size) - position
-            _check_ends(data, found, expected, position, is_exact)
+            _check_ends(data, is_end, expected, position, is_exact)
         position += tokens.size
         del tokens  # lets go of the block
     if manifest:

@@ -19,7 +19,7 @@ import numpy as np
 from data_tools.engines import CheckedTokenizer
 from data_tools.indexed_writer import MOST_TOKENS_PER_SEQUENCE, token_dtype
 from data_tools.manifest import DataError, hash_file
-from data_tools.readers import Document, Fault, ReadOptions
+from data_tools.rows import Document, Fault, ReadOptions
 from data_tools.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer
 from data_tools.units import Unit, read_unit
 

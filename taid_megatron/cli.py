@@ -54,6 +54,22 @@ def train(
 
 
 @app.command()
+def index(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration of a run.")],
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that the run will have.")] = 1,
+) -> int:
+    """Build the sample index of a run beforehand, on one machine without a GPU."""
+    from taid_megatron.config.load import load
+
+    settings = load(config, overrides or ())
+    from taid_megatron.training.prebuild import prebuild
+
+    print(f"sample index: {prebuild(settings, ranks)}")
+    return 0
+
+
+@app.command()
 def quickstart(
     folder: Annotated[Path, typer.Option(help="Where the run lives.")] = Path("runs/quickstart"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, do not resume.")] = False,

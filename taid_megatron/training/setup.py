@@ -264,30 +264,35 @@ def build_batches(
 ) -> tuple[DistributedBatches, Dataset | None]:
     """The training batches, at the trainer's position, and the held-out dataset."""
     config, world = trainer.config, trainer.world
-    data = config.data
     check_vocabulary(config, trainer.vocabulary)
-    train, validation = build_datasets(
-        train_blend=blend_parts(data.blend),
-        valid_blend=blend_parts(data.validation or ()),
-        seq_length=config.training.seq_length,
-        seed=config.run.seed,
-        num_train_samples=train_samples(config),
-        num_valid_samples=evaluation_samples(config, world.size),
-        eod_id=eod_id(config),
-        cache_path=data.cache or config.run.folder / "cache",
-        eod_mask_loss=data.eod_mask_loss,
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-    )
+    train, validation = open_datasets(config, world.size)
     batches = DistributedBatches(
         train,  # type: ignore[arg-type]
         micro_batch_size=config.training.micro_batch_size,
         dp_rank=world.data_rank,
         dp_size=world.groups.dp.size(),
         consumed_samples=trainer.consumed_samples,
-        prefetch=data.prefetch,
+        prefetch=config.data.prefetch,
     )
     return batches, validation
+
+
+def open_datasets(config: Config, world_size: int) -> tuple[Dataset | None, Dataset | None]:
+    """(training, held-out) datasets of a run on so many ranks; see build_datasets."""
+    data = config.data
+    return build_datasets(
+        train_blend=blend_parts(data.blend),
+        valid_blend=blend_parts(data.validation or ()),
+        seq_length=config.training.seq_length,
+        seed=config.run.seed,
+        num_train_samples=train_samples(config),
+        num_valid_samples=evaluation_samples(config, world_size),
+        eod_id=eod_id(config),
+        cache_path=data.cache or config.run.folder / "cache",
+        eod_mask_loss=data.eod_mask_loss,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+    )
 
 
 def evaluation_samples(config: Config, world_size: int) -> int:

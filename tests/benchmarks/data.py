@@ -1,7 +1,7 @@
-"""`taid-data` beside other ways of preparing data: ratios of CPU-seconds, side by side in one run.
+"""`taid-data` beside other ways of preparing data: ratios of CPU-seconds in one run.
 
-    python tests/benchmarks/data.py [--megabytes 40] [--vocabulary 32000] [--index-documents 2000000]
-                                    [--rounds 3] [--json FILE]
+    python tests/benchmarks/data.py [--megabytes 40] [--vocabulary 32000] [--rounds 3]
+                                    [--index-documents 2000000] [--json FILE]
 
 The text is that of this Python's own library and packages (*.py), as Parquet with row groups of 500
 documents; the tokenizer is a byte-level BPE trained on some of it. Every version runs in a process
@@ -323,7 +323,6 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         },
         max(5, args.rounds),
     )
-    del in_memory
     show(f"Verifying {big:.0f} MB of tokens", table, big)
     results["verify"] = table
     table = compare(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import journal, readers, units
+from data_tools import journal, rows
 from data_tools.corpus import stdlib_root
 from data_tools.journal import Journal
 from data_tools.manifest import DataError
@@ -53,8 +53,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(autouse=True)
 def _small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (readers, units):
-        monkeypatch.setattr(module, "PIECE_BYTES", 300)
+    monkeypatch.setattr(rows, "PIECE_BYTES", 300)
 
 
 def outputs(prefix: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from data_tools import cli, readers, units
+from data_tools import cli, rows
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -188,8 +188,7 @@ def test_shards_merge_split_blend_for_machines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = ("--tokenizer", model_path, "--on-error", "skip", "--out")
-    for module in (readers, units):
-        monkeypatch.setattr(module, "PIECE_BYTES", 300)
+    monkeypatch.setattr(rows, "PIECE_BYTES", 300)
     given = ("prepare", lines, "--workers", 1, *options)
     whole = run_json(capsys, *given, tmp_path / "whole")[str(tmp_path / "whole")]
     for index in (1, 2):
@@ -248,11 +247,11 @@ def test_a_byte_level_bpe_is_trained_and_used(
 def smollm(tmp_path: Path) -> Path:
     """The data set's folders in miniature."""
     root = tmp_path / "smollm-corpus"
-    for part, rows in (("cosmopedia-v2", 30), ("fineweb-edu-dedup", 200)):
+    for part, count in (("cosmopedia-v2", 30), ("fineweb-edu-dedup", 200)):
         for number in (0, 1):
             path = root / part / f"train-{number}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
-            texts = [f"{part} {number} {row} some words" for row in range(rows)]
+            texts = [f"{part} {number} {row} some words" for row in range(count)]
             pq.write_table(pa.table({"prompt": texts, "text": texts}), path, row_group_size=10)
     (root / "python-edu").mkdir()
     pq.write_table(pa.table({"blob_id": ["aa"]}), root / "python-edu" / "ids.parquet")

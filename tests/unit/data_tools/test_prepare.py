@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import readers, units
+from data_tools import rows
 from data_tools.engines import CheckedTokenizer
 from data_tools.manifest import DataError, check_indexed, hash_file, read_manifest
 from data_tools.prepare import Progress, Settings, prepare
@@ -33,8 +33,7 @@ def corpus(tmp_path: Path) -> Path:
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose files are cut into some 40 units."""
-    for module in (readers, units):
-        monkeypatch.setattr(module, "PIECE_BYTES", 300)
+    monkeypatch.setattr(rows, "PIECE_BYTES", 300)
     folder = tmp_path / "many"
     folder.mkdir()
     texts = [f"document {i}\n" + "some words to count " * (i % 7) for i in range(120)]

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data_tools import readers
+from data_tools import rows as rows_module
 from data_tools.manifest import DataError
-from data_tools.readers import FORMATS, Document, Fault, Piece, ReadOptions, kind_of
+from data_tools.readers import FORMATS, kind_of
+from data_tools.rows import Document, Fault, Piece, ReadOptions
 
 TEXTS = ["one\ntwo", "漢字", "three " * 30, "\ufeff\r\n", "\x00", *(f"text {i}" for i in range(40))]
 
@@ -73,7 +74,7 @@ def read(path: Path, **options: object) -> list[Document | Fault]:
 def test_documents_do_not_depend_on_the_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, piece_bytes: int
 ) -> None:
-    monkeypatch.setattr(readers, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(rows_module, "PIECE_BYTES", piece_bytes)
     path = tmp_path / name
     WRITERS[name](path, TEXTS)
     rows = read(path)
@@ -84,7 +85,7 @@ def test_documents_do_not_depend_on_the_cut(
 def test_pieces_are_many_where_a_file_can_be_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "PIECE_BYTES", 100)
+    monkeypatch.setattr(rows_module, "PIECE_BYTES", 100)
     for name in ("a.jsonl", "a.parquet", "file.arrow"):
         WRITERS[name](tmp_path / name, TEXTS)
         pieces = FORMATS[kind_of(tmp_path / name)].pieces(tmp_path / name, ReadOptions())
@@ -172,7 +173,7 @@ def check_message(message: str, path: Path, expected: str) -> None:
 
 def test_rows_after_a_faulty_one_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row is right in a piece that starts in the middle, and after a line without end."""
-    monkeypatch.setattr(readers, "PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr(rows_module, "PIECE_BYTES", 1 << 20)
     path = tmp_path / "a.jsonl"
     long = b'{"text": "' + b"x" * (2 << 20) + b'"}\n'
     path.write_bytes(json_lines("a", "b") + long + b"broken\n" + json_lines("c"))

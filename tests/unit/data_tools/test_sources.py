@@ -6,7 +6,7 @@ import pytest
 
 from data_tools.corpus import split_held_out, stdlib_root, stdlib_sources
 from data_tools.manifest import DataError
-from data_tools.readers import Document
+from data_tools.rows import Document
 from data_tools.sources import Corpus, find_sources, sample_texts
 
 
