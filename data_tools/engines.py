@@ -181,7 +181,8 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray]:
     if len(set(merged)) != len(merged):  # several ways to one token: a file made from ranks
         merged = sorted(set(merged), key=vocab.__getitem__)
     order = [*to_byte, *(token for token in merged if token not in to_byte)]
-    ranks = {bytes(to_byte[character] for character in token): i for i, token in enumerate(order)}
+    latin = str.maketrans({character: chr(byte) for character, byte in to_byte.items()})
+    ranks = {token.translate(latin).encode("latin-1"): i for i, token in enumerate(order)}
     return ranks, np.array([vocab[token] for token in order], dtype=np.int32)
 
 

@@ -159,7 +159,7 @@ def prepare(
             read=settings.read_options(),
             folder=journal.folder,
         )
-        _work(plan, journal, job, settings, progress)
+        _work(plan, journal, job, chosen, settings, progress)
         manifest = _manifest(plan, journal, chosen, settings)
         journal.publish(manifest.model_dump_json(indent=1).encode() + b"\n")
     return manifest
@@ -215,6 +215,7 @@ def _work(
     plan: Plan,
     journal: Journal,
     job: Job,
+    tokenizer: Tokenizer,
     settings: Settings,
     progress: Callable[[Progress], None],
 ) -> None:
@@ -225,7 +226,8 @@ def _work(
     if not settings.skip_faults and journal.skipped_rows:
         raise DataError(journal.skipped_rows[0])
     count = settings.workers or usable_cpus()
-    with Workers(job, min(count, max(1, len(plan.units) - len(journal.units)))) as workers:
+    count = min(count, max(1, len(plan.units) - len(journal.units)))
+    with Workers(job, tokenizer, count) as workers:
         hashes: dict[str, Future[str]] = {}
         for result in _results(plan, journal, settings, workers, hashes):
             journal.add_unit(result, settings.token_budget)

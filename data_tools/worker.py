@@ -81,9 +81,9 @@ def lengths_file(folder: Path, number: int) -> Path:
 class Encoder:
     """Does units with one tokenizer."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, tokenizer: Tokenizer):
         self.job = job
-        self.tokenizer = job.load_tokenizer()
+        self.tokenizer = tokenizer
         self.dtype = token_dtype(self.tokenizer.vocab_size)
 
     def encode(self, number: int, unit: Unit) -> UnitResult:
@@ -173,9 +173,9 @@ class Workers:
     A context manager; leaving it waits for what is being done.
     """
 
-    def __init__(self, job: Job, count: int):
+    def __init__(self, job: Job, tokenizer: Tokenizer, count: int):
         self.count = count
-        self._local = Encoder(job) if count == 1 else None
+        self._local = Encoder(job, tokenizer) if count == 1 else None
         self._pool: ProcessPoolExecutor | None = None
         if count > 1:
             # Not forked: libraries with threads of their own do not survive it.
@@ -227,7 +227,7 @@ def _start_worker(job: Job) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(job)
+    _encoder = Encoder(job, job.load_tokenizer())
 
 
 def _end_with_parent() -> None:

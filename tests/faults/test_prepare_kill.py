@@ -190,7 +190,10 @@ def test_workers_and_parent_killed_at_random(tmp_path: Path) -> None:
     kills, code = 0, -signal.SIGKILL
     while code == -signal.SIGKILL:
         process = subprocess.Popen(
-            [*command, str(tmp_path / "a")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [*command, str(tmp_path / "a")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             process.wait(timeout=draw.uniform(1.0, 2.5) if kills < 3 else None)
@@ -198,9 +201,12 @@ def test_workers_and_parent_killed_at_random(tmp_path: Path) -> None:
             process.kill()
             kills += 1
         # The pipe closes when the last process that holds it has ended.
-        assert process.stdout
-        printed = process.stdout.read().decode()
-        code = process.wait()
+        try:
+            printed = process.communicate(timeout=60)[0].decode()
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("a worker outlived the run that started it")
+        code = process.returncode
     assert code == 0, printed
     assert kills > 1
     for ending in ("bin", "idx"):

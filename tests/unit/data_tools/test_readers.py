@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -221,6 +222,19 @@ def test_a_damaged_page_is_named_and_the_other_groups_are_read(tmp_path: Path) -
     (fault,) = (row for row in rows if isinstance(row, Fault))
     check_message(str(fault), path, r"rows 4 to 6: damaged .*fetch the file again")
     assert fault.rows == 3
+
+
+@pytest.mark.parametrize("write", [write_arrow_file, write_arrow_stream])
+def test_offsets_that_point_elsewhere_are_not_followed(tmp_path: Path, write: Callable) -> None:
+    """An Arrow file is mapped as it is: its offsets are checked before anything is read by them."""
+    path = tmp_path / "a.arrow"
+    write(path, ["aaaa", "bb", "c"])
+    content = bytearray(path.read_bytes())
+    where = content.index(struct.pack("<4i", 0, 4, 6, 7)) + 4
+    content[where : where + 4] = struct.pack("<i", 1 << 20)
+    path.write_bytes(content)
+    (fault,) = read(path)
+    check_message(str(fault), path, r"rows 1 to 3: damaged")
 
 
 UNREADABLE = {
