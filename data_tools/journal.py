@@ -21,6 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -79,6 +80,8 @@ class Journal:
         self.folder = Path(f"{prefix}.work")
         self._lock = _lock_folder(self.folder)
         self.units: list[UnitEntry] = []
+        self.documents = self.tokens = 0
+        """Of all finished units."""
         self.sources: dict[str, str] = {}
         self._synced = time.monotonic()
         self._digest = xxhash.xxh3_128()
@@ -110,23 +113,15 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         for stream in (self._tokens, self._lengths, self._lines):
-            stream.close()
+            # A full disk fails here once more; what is not whole is cut off by the next run.
+            with suppress(OSError):
+                stream.close()
         if self.folder.exists():
             for file in self.folder.glob("unit-*"):
                 file.unlink()
             if not self.units:
                 shutil.rmtree(self.folder)
         self._lock.close()
-
-    @property
-    def tokens(self) -> int:
-        """Of all finished units."""
-        return sum(entry.tokens for entry in self.units)
-
-    @property
-    def documents(self) -> int:
-        """Of all finished units."""
-        return sum(entry.documents for entry in self.units)
 
     def add_unit(self, result: UnitResult, token_budget: int | None) -> None:
         """Takes over the next unit's files; up to the document that reaches the budget."""
@@ -147,9 +142,14 @@ class Journal:
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self._sync()
         self._write_line(entry)
-        self.units.append(entry)
+        self._count(entry)
         tokens.unlink()
         lengths.unlink()
+
+    def _count(self, entry: UnitEntry) -> None:
+        self.units.append(entry)
+        self.documents += entry.documents
+        self.tokens += entry.tokens
 
     def add_source(self, name: str, xxh3: str) -> None:
         """Remembers a source's hash."""
@@ -176,7 +176,7 @@ class Journal:
             if entry is None or (isinstance(entry, UnitEntry) and not self._is_kept(entry, ends)):
                 break
             if isinstance(entry, UnitEntry):
-                self.units.append(entry)
+                self._count(entry)
             else:
                 self.sources[entry.source] = entry.xxh3
             good += len(line)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +222,9 @@ def _work(
 ) -> None:
     """Does the units and hashes their sources, as far as neither is done."""
     began = time.monotonic()
-    sizes = [sum(part.piece.bytes for part in unit) for unit in plan.units]
-    resumed = sum(sizes[: len(journal.units)])
+    sizes = (sum(part.piece.bytes for part in unit) for unit in plan.units)
+    read = list(accumulate(sizes, initial=0))  # after so many units
+    resumed = read[len(journal.units)]
     if not settings.skip_faults and journal.skipped_rows:
         raise DataError(journal.skipped_rows[0])
     count = settings.workers or usable_cpus()
@@ -234,8 +236,8 @@ def _work(
             _take_hashes(journal, hashes, only_done=True)
             progress(
                 Progress(
-                    bytes_read=sum(sizes[: len(journal.units)]),
-                    bytes_total=sum(sizes),
+                    bytes_read=read[len(journal.units)],
+                    bytes_total=read[-1],
                     documents=journal.documents,
                     tokens=journal.tokens,
                     bytes_resumed=resumed,
