@@ -223,10 +223,12 @@ def _last_words(config: Config, world: World, texts: list[str], encoder: Any) ->
     if config.parallel.virtual_pipeline:
         unit *= config.parallel.pipeline
     largest = max(encoder.get_vocab(with_added_tokens=True).values())
-    if largest >= config.student.architecture.vocab_size:
+    shapes = (config.student.architecture, teacher_architecture(config))
+    known = min(shape.vocab_size for shape in shapes if shape is not None)
+    if largest >= known:
         raise UserError(
-            f"the tokenizer has id {largest}, the model knows "
-            f"{config.student.architecture.vocab_size}; give the model's own --tokenizer"
+            f"the tokenizer has id {largest}, the models know {known} ids; give the models' own "
+            "--tokenizer"
         )
     return LastWords(texts, encoder, config.training.seq_length, pad_to=unit)
 
