@@ -111,7 +111,7 @@ def whole_student(path: Path) -> Iterator[tuple[Callable[[torch.Tensor], torch.T
 def _config(model: Path, checkpoint: store.Checkpoint | None, overrides: Sequence[str]) -> Config:
     """Models, data and layout as a configuration; its training sections are of no account."""
     source, tree = str(model), {}
-    run = checkpoint.path.parent.parent if checkpoint else None
+    run = companions.run_folder(checkpoint.path) if checkpoint else None
     if run is not None and (run / "config.yaml").is_file():
         source, tree = str(run / "config.yaml"), read_tree(run / "config.yaml")
     training = {
