@@ -71,8 +71,8 @@ def _check_parallel(parallel: Parallel, engine: EngineAbilities) -> None:
         )
     if parallel.expert > 1:
         raise ConfigError(
-            f"parallel.expert={parallel.expert} needs a mixture-of-experts model, and there is "
-            "none yet; set parallel.expert=1"
+            f"parallel.expert={parallel.expert}: this version does not spread a mixture's experts "
+            "over ranks, parallel.tensor splits each; set parallel.expert=1"
         )
     if parallel.sequence_parallel and parallel.tensor == 1:
         raise ConfigError(

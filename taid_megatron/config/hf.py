@@ -369,10 +369,13 @@ def _rotary(config: Json, family: Family, where: Path) -> dict[str, Any]:
         return fields
     if kind not in family.scalings:
         raise _unsupported(where, "rope_type", kind, family)
-    if config.get("original_max_position_embeddings") is not None:
-        settings["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-    elif kind == "llama3" and config.get("max_position_embeddings"):
-        settings.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    if kind == "llama3":
+        # transformers takes the outer value before the inner one
+        outer = config.get("original_max_position_embeddings")
+        length = outer or settings.get("original_max_position_embeddings")
+        settings["original_max_position_embeddings"] = length or config.get(
+            "max_position_embeddings"
+        )
     known = RotaryScaling.model_fields.keys() - {"kind"}
     try:
         fields["rotary_scaling"] = RotaryScaling.model_validate(

@@ -312,7 +312,7 @@ class Parallel(Section):
     context: Positive = 1
     """Ranks that share each sequence; needs Transformer Engine's attention."""
     expert: Positive = 1
-    """Ranks that share the experts of a mixture; needs a mixture-of-experts model."""
+    """Ranks that share the experts of a mixture; only 1 so far."""
     sequence_parallel: bool = False
     """Shard the activations between tensor-parallel blocks along the sequence."""
     distributed_optimizer: bool = False

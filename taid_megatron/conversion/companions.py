@@ -40,11 +40,16 @@ def keep(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+def run_folder(checkpoint: Path) -> Path | None:
+    """The folder of the run that a step_* folder is of; None for an imported one."""
+    beside = checkpoint.parent
+    return beside.parent if beside.name == "checkpoints" else None
+
+
 def find(checkpoint: Path) -> Path | None:
     """The `hf` folder of a checkpoint: in it, beside it, or in its run's folder."""
-    beside = checkpoint.parent
-    run = beside.parent if beside.name == "checkpoints" else beside
-    found = (folder / FOLDER for folder in (checkpoint, beside, run))
+    folders = (checkpoint, checkpoint.parent, run_folder(checkpoint))
+    found = (folder / FOLDER for folder in folders if folder is not None)
     return next((folder for folder in found if folder.is_dir()), None)
 
 

@@ -111,7 +111,7 @@ def whole_student(path: Path) -> Iterator[tuple[Callable[[torch.Tensor], torch.T
 def _config(model: Path, checkpoint: store.Checkpoint | None, overrides: Sequence[str]) -> Config:
     """Models, data and layout as a configuration; its training sections are of no account."""
     source, tree = str(model), {}
-    run = checkpoint.path.parent.parent if checkpoint else None
+    run = companions.run_folder(checkpoint.path) if checkpoint else None
     if run is not None and (run / "config.yaml").is_file():
         source, tree = str(run / "config.yaml"), read_tree(run / "config.yaml")
     training = {
@@ -223,10 +223,12 @@ def _last_words(config: Config, world: World, texts: list[str], encoder: Any) ->
     if config.parallel.virtual_pipeline:
         unit *= config.parallel.pipeline
     largest = max(encoder.get_vocab(with_added_tokens=True).values())
-    if largest >= config.student.architecture.vocab_size:
+    shapes = (config.student.architecture, teacher_architecture(config))
+    known = min(shape.vocab_size for shape in shapes if shape is not None)
+    if largest >= known:
         raise UserError(
-            f"the tokenizer has id {largest}, the model knows "
-            f"{config.student.architecture.vocab_size}; give the model's own --tokenizer"
+            f"the tokenizer has id {largest}, the models know {known} ids; give the models' own "
+            "--tokenizer"
         )
     return LastWords(texts, encoder, config.training.seq_length, pad_to=unit)
 

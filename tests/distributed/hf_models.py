@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 VOCABULARY = 157
 BATCH, SEQ_LENGTH = 2, 24
+ENDS = [5, 16]
+WITH_DOCUMENTS = ("llama", "mistral", "gpt_neox")
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -107,8 +109,26 @@ def write(
     ids = torch.randint(3, VOCABULARY, (BATCH, SEQ_LENGTH), generator=generator)
     with torch.no_grad():
         logits = model(ids).logits
-    torch.save({"ids": ids, "logits": logits}, folder / "reference.pt")
+    reference = {"ids": ids, "logits": logits}
+    if name in WITH_DOCUMENTS:
+        reference["documents"] = documents_apart(model, ids)
+    torch.save(reference, folder / "reference.pt")
     return folder
+
+
+def documents() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three documents in each sequence: their numbers and positions, [b, s]."""
+    numbers = torch.bucketize(torch.arange(SEQ_LENGTH), torch.tensor(ENDS), right=True)
+    starts = torch.tensor([0, *ENDS])[numbers]
+    positions = torch.arange(SEQ_LENGTH) - starts
+    return numbers.int().expand(BATCH, -1).contiguous(), positions.expand(BATCH, -1).contiguous()
+
+
+@torch.no_grad()
+def documents_apart(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits where each document is a text of its own, [b, s, V]."""
+    parts = torch.tensor_split(ids, ENDS, dim=1)
+    return torch.cat([model(part).logits for part in parts], 1)
 
 
 def tokenizer() -> Any:

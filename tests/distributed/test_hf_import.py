@@ -60,17 +60,35 @@ def difference(world: distributed.World, folder: Path) -> float:
     (stage,) = stages
     stage.eval()
     reference = torch.load(folder / "reference.pt")
-    logits = forward(world, stage, reference["ids"])
+    worst = distance(world, forward(world, stage, reference["ids"]), reference["logits"])
+    if "documents" in reference:
+        numbers, positions = hf_models.documents()
+        stage.reset_positions = True
+        logits = forward(world, stage, reference["ids"], positions, numbers)
+        worst = max(worst, distance(world, logits, reference["documents"]))
+    return worst
+
+
+def distance(
+    world: distributed.World, logits: torch.Tensor | None, expected: torch.Tensor
+) -> float:
+    """Largest difference of the last stage's shards; 0 on other stages."""
     if logits is None:
         return 0.0
-    shards = [torch.empty_like(logits) for _ in range(tensor)]
+    shards = [torch.empty_like(logits) for _ in range(world.groups.tp.size())]
     dist.all_gather(shards, logits, group=world.groups.tp)
     whole = torch.cat(shards, -1).transpose(0, 1)
     assert (whole[..., hf_models.VOCABULARY :] == 0).all()
-    return (whole[..., : hf_models.VOCABULARY] - reference["logits"]).abs().max().item()
+    return (whole[..., : hf_models.VOCABULARY] - expected).abs().max().item()
 
 
-def forward(world: distributed.World, stage: torch.nn.Module, ids: torch.Tensor):
+def forward(
+    world: distributed.World,
+    stage: torch.nn.Module,
+    ids: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor | None:
     """Through the pipeline: the last stage's logits [s, b, V/tp], contiguous; None elsewhere."""
     pipeline = dist.get_process_group_ranks(world.groups.pp)
     batch, length = ids.shape
@@ -78,8 +96,9 @@ def forward(world: distributed.World, stage: torch.nn.Module, ids: torch.Tensor)
         received = torch.empty(length, batch, stage.config.hidden_size)
         dist.recv(received, pipeline[world.pipeline_rank - 1])
         stage.set_input_tensor(received)
-    positions = torch.arange(length).expand(batch, length)
-    output = stage(ids, positions, None).contiguous()
+    if positions is None:
+        positions = torch.arange(length).expand(batch, length)
+    output = stage(ids, positions, document_ids).contiguous()
     if not world.is_last_stage:
         dist.send(output, pipeline[world.pipeline_rank + 1])
         return None

@@ -46,7 +46,7 @@ CLASHES: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
     ),
     "expert": (
         {"parallel__expert": 2},
-        ["parallel.expert=2 needs a mixture-of-experts", "set parallel.expert=1"],
+        ["parallel.expert=2: this version does not spread", "set parallel.expert=1"],
         {"parallel__expert": 1},
     ),
     "sequence parallel alone": (
