@@ -230,7 +230,7 @@ class Loss(Section):
     """The divergence between teacher and student, or cross-entropy to the labels alone."""
     ce_weight: Fraction = 0.0
     """The loss is (1 - ce_weight) * divergence + ce_weight * cross-entropy to the labels."""
-    kernel: Literal["auto", "native", "torch"] = "auto"
+    kernel: Literal["auto", "triton", "native", "torch"] = "auto"
     """Implementation of the divergence; 'auto' takes the fastest that the machine has."""
     collective: Literal["gather", "all_reduce"] = "gather"
     """How tensor-parallel ranks exchange their sums: one all-gather, or two all-reduces, which move

@@ -6,6 +6,9 @@ held to them by tests; which of the two runs changes time and nothing else.
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -13,7 +16,9 @@ from torch import Tensor
 from taid_megatron.losses.forms import Form
 from taid_megatron.losses.shards import Chunk, Columns
 
-KERNELS = ("auto", "native", "torch")
+KERNELS = ("auto", "triton", "native", "torch")
+
+_log = logging.getLogger("taid_megatron")
 
 
 class Kernel(Protocol):
@@ -50,7 +55,7 @@ def choose(kernel: str, form: Form, student: Tensor, teacher: Tensor | None) -> 
         return found
     if kernel == "auto":
         return None
-    raise ValueError(f"kernel={kernel!r} {refusal}; kernel='auto' takes torch's operations there")
+    raise ValueError(f"kernel={kernel!r} {refusal}; kernel='auto' takes what can")
 
 
 def _load(kernel: str, student: Tensor) -> Kernel | None:
@@ -65,5 +70,18 @@ def _native(required: bool) -> Kernel | None:
     return native.load(required)
 
 
-_LOADERS = {"native": _native}
-_BY_DEVICE = {"cpu": "native"}
+@functools.cache
+def _triton(required: bool) -> Kernel | None:
+    try:
+        from taid_megatron.losses import triton_kernels
+    except ImportError as error:
+        why = f"triton cannot be imported ({error}); pip install 'taid-megatron[triton]'"
+        if required:
+            raise ValueError(f"kernel='triton' is not available: {why}") from error
+        _log.warning("losses take torch's operations: %s", why)
+        return None
+    return triton_kernels.TritonKernel()
+
+
+_LOADERS: dict[str, Callable[[bool], Kernel | None]] = {"native": _native, "triton": _triton}
+_BY_DEVICE = {"cpu": "native", "cuda": "triton"}

@@ -162,7 +162,8 @@ def local_labels(student: Tensor, request: Request) -> Tensor:
     width = student.shape[-1]
     local = request.labels.long() - request.first_id(width)
     here = (local >= 0) & (local < width - request.padding)
-    return torch.where(here, local, -1).unsqueeze(-1)
+    # Not torch.where: it copies its scalar to the device, and waits for that.
+    return local.masked_fill_(~here, -1).unsqueeze(-1)
 
 
 def compute_dtype(student: Tensor, teacher: Tensor | None) -> torch.dtype:

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Benchmarks: ratios side by side in one run, as tables and as JSON in runs/benchmarks.
 #
-#   bash tests/benchmarks/run.sh [loss|attention|pair|data ...]      none named: all of them
+#   bash tests/benchmarks/run.sh [loss|attention|pair|data|loss_gpu ...]
+#
+# None named: all but loss_gpu, which needs a CUDA device.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)"
@@ -13,7 +15,7 @@ mkdir -p runs/benchmarks
 for name in "${@:-loss attention pair data}"; do
     for benchmark in $name; do
         if [ ! -f "tests/benchmarks/$benchmark.py" ]; then
-            echo "run.sh: no benchmark '$benchmark'; there are: loss attention pair data" >&2
+            echo "run.sh: no benchmark '$benchmark'; there are: loss attention pair data loss_gpu" >&2
             exit 2
         fi
         if [ "$benchmark" = pair ] && ! "$python" -c 'import transformers' 2>/dev/null; then

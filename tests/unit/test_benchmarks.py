@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -34,6 +35,16 @@ def test_loss(tmp_path):
         assert row["cpu_seconds"] > 0
         assert row["time_ratio"] > 0
         assert (row["time_ratio"] == 1.0) == (row["against"] == name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it measures where there is a CUDA device")
+def test_loss_gpu_refuses_to_measure_anything_else():
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parents[1])}
+    line = [sys.executable, "-W", "ignore", str(BENCHMARKS / "loss_gpu.py")]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("loss_gpu: no CUDA device here")
+    assert done.stderr.count("\n") == 1
 
 
 def test_attention(tmp_path):

@@ -36,6 +36,8 @@ FORBIDDEN = {
 }
 # May be absent, or break at import where there is no GPU: only the function that needs one asks.
 OPTIONAL = ("transformer_engine", "apex", "nvidia.dali", "triton")
+# Built on one of them, and itself imported by the function that needs it alone.
+BUILT_ON = {"taid_megatron.losses.triton_kernels": "triton"}
 
 Sources = dict[str, str]
 
@@ -135,11 +137,15 @@ def forbidden(sources: Sources) -> list[str]:
 
 
 def eager(sources: Sources) -> list[str]:
-    """Optional packages that are imported along with a module."""
+    """Optional packages, or modules built on them, that are imported along with a module."""
     return [
         str(found)
         for found in imports(sources)
-        if found.at_import and any(within(found.imported, name) for name in OPTIONAL)
+        if found.at_import
+        and any(
+            within(found.imported, name) and BUILT_ON.get(found.importer) != name
+            for name in (*OPTIONAL, *BUILT_ON)
+        )
     ]
 
 
@@ -208,6 +214,8 @@ def tree(**modules: str) -> Sources:
         (forbidden, tree(losses__kl="def f():\n    from megatron.core import mpu")),
         (forbidden, tree(schedules__taid="if TYPE_CHECKING:\n    import megatron")),
         (eager, tree(losses__kl="import triton.language as tl")),
+        (eager, tree(losses__kl="from . import triton_kernels", losses__triton_kernels="")),
+        (eager, tree(losses__triton_kernels="import triton, apex")),
         (eager, tree(losses__kl="try:\n    import apex\nexcept ImportError:\n    apex = None")),
         (eager, tree(data__reader="from nvidia import dali")),
         (eager, tree(data__reader="class Reader:\n    import nvidia.dali.fn")),
@@ -231,6 +239,8 @@ def test_a_rule_catches(rule, sources: Sources):
         (forbidden, tree(losses__kl="import torch", models__pair="import megatron.core")),
         (forbidden, tree(config__load="import torchlike")),
         (eager, tree(losses__kl="def kernel():\n    import triton")),
+        (eager, tree(losses__triton_kernels="import triton.language as tl")),
+        (eager, tree(losses__kl="def f():\n    from . import triton_kernels")),
         (eager, tree(data__reader="if TYPE_CHECKING:\n    import nvidia.dali")),
         (cycles, tree(a__b="from . import c", a__c="import yaml")),
         (cycles, tree(a__b="from taid_megatron import a")),

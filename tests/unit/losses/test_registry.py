@@ -14,7 +14,7 @@ VALID = {"name": "taid", "student_logits": STUDENT, "teacher_logits": TEACHER, "
 
 WRONG = {
     "unknown loss": ({"name": "tiad"}, "'tiad'; there are: taid, forward_kl, "),
-    "unknown kernel": ({"kernel": "cuda"}, "'cuda'; there are: auto, native, torch"),
+    "unknown kernel": ({"kernel": "cuda"}, "'cuda'; there are: auto, triton, native, torch"),
     "unknown option": ({"lam": 0.1}, "'taid' has no option lam; its options: t"),
     "option of another": ({"name": "forward_kl"}, "'forward_kl' has no option t; its options: no"),
     "t above 1": ({"t": 1.5}, "t=1.5"),
