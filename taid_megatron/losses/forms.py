@@ -276,9 +276,9 @@ class Decoupled(Form):
     def coefficients(self, merged: Columns, divergence: Tensor, surprise: Tensor) -> list[Tensor]:
         q, p, *_ = self._two_way(merged)
         # A token without a label: its logit is -inf, its loss 0.
-        valid = merged["label_s"] > -torch.inf
-        scale = torch.where(valid, divergence * self.temperature, 0.0)
-        label = torch.where(valid, scale * self.alpha * (q - p), 0.0)
+        lost = merged["label_s"].isneginf()
+        scale = (divergence * self.temperature).masked_fill(lost, 0.0)
+        label = (scale * self.alpha * (q - p)).masked_fill(lost, 0.0)
         return [
             merged["max_s"],
             (scale * self.beta - label) / merged["sum_s"],
@@ -459,4 +459,5 @@ def _overwrite(x: Tensor, index: Tensor, value: float | Tensor) -> None:
     """x[token, index] = value where this rank has the label."""
     column = index.clamp(min=0)
     kept = x.gather(1, column)
-    x.scatter_(1, column, torch.where(index >= 0, value, kept))
+    new = value if isinstance(value, Tensor) else torch.full_like(kept, value)
+    x.scatter_(1, column, torch.where(index >= 0, new, kept))

@@ -31,10 +31,15 @@ REPLAYED_ALPHAS = (5e-4, 1e-2, 1e-1)
 # key of evaluation.json, words, how to write it
 FIGURES = (
     ("perplexity", "perplexity", "{:.2f}"),
-    ("kl", "KL(teacher || ·), nats", "{:.4f}"),
-    ("top1_agreement", "same top token", "{:.1%}"),
-    ("head_mass", "mass on teacher's 10 likeliest", "{:.1%}"),
-    ("tail_mass", "mass on its 20% least likely", "{:.2e}"),
+    ("kl", "KL", "{:.4f}"),
+    ("top1_agreement", "top-1", "{:.1%}"),
+    ("head_mass", "head", "{:.1%}"),
+    ("tail_mass", "tail", "{:.2e}"),
+)
+LEGEND = (
+    "KL: KL(teacher || student), nats per token. top-1: how often the most likely token is the "
+    "teacher's. head, tail: probability on the teacher's 10 likeliest tokens, and on the 20% of "
+    "the vocabulary that it ranks lowest."
 )
 _OF_TEACHER = {"kl": 0.0, "top1_agreement": 1.0}
 
@@ -135,12 +140,16 @@ def table(summary: Summary) -> page.Table:
     """Teacher and students on held-out text."""
     teacher = summary["teacher"]
     rows = [
-        ["teacher", f"{teacher['parameters']:,}", *(f.format(teacher[k]) for k, _, f in FIGURES)]
+        ["teacher", _millions(teacher), *(form.format(teacher[key]) for key, _, form in FIGURES)]
     ]
     for method, found in summary["students"].items():
         cells = [_cell(found[key], form) for key, _, form in FIGURES]
-        rows.append([method, f"{found['parameters']:,}", *cells])
-    return page.Table(["", "parameters", *(words for _, words, _ in FIGURES)], rows)
+        rows.append([method, _millions(found), *cells])
+    return page.Table(["", "weights", *(words for _, words, _ in FIGURES)], rows)
+
+
+def _millions(model: Summary) -> str:
+    return f"{model['parameters'] / 1e6:.2f} M"
 
 
 def _cell(value: dict[str, float | None], form: str) -> str:
@@ -179,6 +188,7 @@ def show(summary: Summary, console: Console) -> None:
     for row in own.rows:
         shown.add_row(*row)
     console.print(shown)
+    console.print(LEGEND)
     for line in verdicts(summary):
         console.print(line)
     console.print("A continuation by the exported student:")
@@ -194,12 +204,13 @@ def report(folder: Path, stages: Plan, summary: Summary) -> Path:
     pictures = {
         "interpolation": (
             _interpolation(runs["taid"], runs["taid-linear"]),
-            "t over the steps. Dashed: other alpha, replayed on the objectives that this run had.",
+            "t over the steps. Dashed: other alpha, replayed on the objectives that this run had; "
+            "small ones lie on the straight line.",
         ),
         "objectives": (
             _objectives(runs),
-            "What TAID lowers stays small and level while its target moves to the teacher; "
-            "forward KL starts with the whole distance.",
+            "What TAID lowers starts small, for its target starts near the student; where t is 1 "
+            "it is the KL to the teacher. Forward KL lowers that from the start.",
         ),
         "held_out": (_curves(runs), "Distance to the teacher on held-out text while training."),
         "head": (
@@ -224,6 +235,7 @@ def report(folder: Path, stages: Plan, summary: Summary) -> Path:
                 "Held-out text",
                 [
                     table(summary),
+                    page.Text(LEGEND),
                     page.Text(
                         "Small models, few steps: the table shows that the parts work together, "
                         "not how good the methods are. "
@@ -284,10 +296,10 @@ def _curves(runs: dict[str, Run]) -> bytes:
 
 
 def _masses(summary: Summary, key: str, *, logarithmic: bool) -> bytes:
-    words = {name: words for name, words, _ in FIGURES}[key]
     students = summary["students"]
     values = [summary["teacher"][key], *(found[key]["mean"] for found in students.values())]
-    spread = [0.0, *(found[key]["deviation"] or 0.0 for found in students.values())]
-    title = words[0].upper() + words[1:]
+    deviations = [found[key]["deviation"] for found in students.values()]
+    spread = None if None in deviations else [0.0, *deviations]
+    title = {"head_mass": "Mass on the head", "tail_mass": "Mass on the tail"}[key]
     names = ["teacher", *students]
     return bars(title, "probability", names, values, spread, logarithmic=logarithmic)
