@@ -195,6 +195,53 @@ def evaluate(
     )
 
 
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration of a run.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of the whole run.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU, such as h100.")] = "h100",
+    efficiency: Annotated[
+        float, typer.Option(help="Share of the peak rate that matrix products reach.")
+    ] = 0.45,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Choose layers per stage for even stages.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Write the timeline.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write tables and timeline.")
+    ] = None,
+) -> int:
+    """Say what CONFIG will need and how long it will take; no GPU is needed.
+
+    taid-megatron plan launch/recipes/taid_phi3_tinyllama.yaml --gpus 80 --gpu h100
+    """
+    import json
+
+    from taid_megatron.config.load import load
+    from taid_megatron.planning import plan as planning
+
+    settings = load(config, overrides or ())
+    made = planning.make(settings, world_size=gpus, gpu=gpu, efficiency=efficiency, balance=balance)
+    if picture or page:
+        from taid_megatron.planning import page as pages
+
+        if picture:
+            pages.write(picture, pages.picture(made))
+        if page:
+            pages.write(page, pages.page(made, f"Plan of {config.name}"))
+    if as_json:
+        print(json.dumps(made.figures, indent=1))
+        return 0
+    from taid_megatron.planning.show import show
+
+    show(made.figures)
+    return 0
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         print(f"taid-megatron {__version__}")
