@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 Split = tuple[int, ...]
@@ -16,12 +17,25 @@ def balance(
     other work. The candidate times are few (so many layers of each beside that work), and whether
     one suffices is found by walking through the stages.
     """
+    # Only ratios matter, and layouts that differ in their micro-batch share them.
+    unit = sum(beside) + num_student * student + num_teacher * teacher
+    ratios = tuple(round(fixed / unit, 9) for fixed in beside)
+    return _balance(
+        num_student, num_teacher, round(student / unit, 9), round(teacher / unit, 9), ratios
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _balance(
+    num_student: int, num_teacher: int, student: float, teacher: float, beside: tuple[float, ...]
+) -> tuple[Split, Split]:
     candidates = sorted(
         {
             fixed + a * student + b * teacher
             for fixed in beside
             for a in range(num_student + 1)
             for b in range(num_teacher + 1)
+            if (fixed + a * student + b * teacher) * len(beside) > 1 - 1e-6
         }
     )
     low, high = 0, len(candidates) - 1

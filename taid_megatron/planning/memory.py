@@ -1,4 +1,4 @@
-"""Bytes of one rank, by part: weights, gradients, optimizer, activations, logits, teacher, messages.
+"""Bytes of one rank, by part: weights, gradients, optimizer, activations, logits, teacher ...
 
 What autograd keeps of a layer is written down operation by operation (see _layer_activations) and
 held against what is allocated in tests/distributed/test_plan_memory.py. Not modelled: what torch's

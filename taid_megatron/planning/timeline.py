@@ -93,7 +93,7 @@ def order(rank: int, pipeline: int, chunks: int, num_microbatches: int) -> list[
 
 
 def _visit(k: int, backward: bool, rank: int, pipeline: int, chunks: int) -> Operation:
-    """The k-th forward or backward of a rank: groups of `pipeline` micro-batches, chunk by chunk."""
+    """A rank's k-th forward or backward: groups of `pipeline` micro-batches, chunk by chunk."""
     if chunks == 1:
         return Operation(backward, rank, k)
     group, inside = divmod(k, pipeline * chunks)
