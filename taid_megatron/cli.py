@@ -242,6 +242,34 @@ def plan(
     return 0
 
 
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML configuration of a run.")
+    ] = None,
+    overrides: Overrides = None,
+    network: Annotated[
+        bool, typer.Option("--network", help="Time the links between torchrun's ranks.")
+    ] = False,
+) -> int:
+    """Say whether this machine is ready, and whether what CONFIG needs is there.
+
+    With the network: torchrun --nproc-per-node N -m taid_megatron doctor --network
+    """
+    from taid_megatron.config.load import load
+    from taid_megatron.planning import doctor as examination
+
+    settings = load(config, overrides or ()) if config else None
+    findings = examination.examine(settings)
+    if network:
+        findings += examination.network()
+    if os.environ.get("RANK", "0") == "0":
+        from taid_megatron.planning.show import show_findings
+
+        show_findings(findings)
+    return 0 if examination.passed(findings) else 2
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         print(f"taid-megatron {__version__}")

@@ -37,9 +37,12 @@ def layer_parameters(shape: Architecture, tensor: int) -> int:
     query = shape.num_attention_heads * shape.head_channels
     qkv = query + 2 * shape.query_groups * shape.head_channels
     fc1 = (2 if shape.gated else 1) * ffn
-    count = (qkv + query + fc1 + ffn) * hidden // tensor + 2 * _norm(shape, hidden)
+    experts = shape.num_moe_experts or 1
+    router = experts * hidden if shape.num_moe_experts else 0
+    block = (qkv + query + experts * (fc1 + ffn)) * hidden
+    count = block // tensor + router + 2 * _norm(shape, hidden)
     if shape.add_bias_linear:
-        count += (qkv + fc1) // tensor + 2 * hidden
+        count += (qkv + experts * fc1) // tensor + (1 + experts) * hidden
     elif shape.add_qkv_bias:
         count += qkv // tensor
     if shape.qk_layernorm:
@@ -79,7 +82,8 @@ def layer_operations(shape: Architecture, seq_length: int) -> float:
     hidden, ffn = shape.hidden_size, shape.ffn_width
     query = shape.num_attention_heads * shape.head_channels
     kv = 2 * shape.query_groups * shape.head_channels
-    weights = (2 * query + kv + (3 if shape.gated else 2) * ffn) * hidden
+    active = shape.moe_router_topk if shape.num_moe_experts else 1
+    weights = (2 * query + kv + active * (3 if shape.gated else 2) * ffn) * hidden
     seen = min(seq_length / 2, shape.sliding_window or seq_length)
     return 2 * weights + 4 * query * seen
 

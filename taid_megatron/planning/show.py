@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from taid_megatron.planning.doctor import Finding
 
 _GIB = 2**30
 
@@ -18,9 +22,7 @@ def tables(figures: dict[str, Any]) -> list[Table]:
 
 def show(figures: dict[str, Any]) -> None:
     """Print them; plain text where the output is not a terminal."""
-    console = Console(highlight=False, soft_wrap=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for table in tables(figures):
         console.print(table)
     console.print(
@@ -32,6 +34,17 @@ def show(figures: dict[str, Any]) -> None:
         console.print(
             "This layout does NOT fit; the ranked layouts below their title do or say so."
         )
+
+
+def show_findings(findings: list[Finding]) -> None:
+    """Print the doctor's table."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    table = Table()
+    for column in ("", "state", "found", "mend"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row(finding.what, finding.state, escape(finding.found), escape(finding.mend))
+    console.print(table)
 
 
 def _table(title: str, *columns: str) -> Table:
