@@ -6,7 +6,6 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ def measure(rank: int, world_size: int, config: str, overrides: list[str]) -> di
         teacher = [p for pair in trainer.pairs if pair.teacher for p in pair.teacher.parameters()]
         saved = _Saved(known=_storages([*weights, *teacher]))
         with saved.counted():
-            _step(trainer, world_size)
+            one_step(trainer, world_size)
         trainer.optimizer.step()
         return {
             "weights": _unique_bytes(weights),
@@ -38,7 +37,8 @@ def measure(rank: int, world_size: int, config: str, overrides: list[str]) -> di
         }
 
 
-def _step(trainer: Trainer, world_size: int) -> None:
+def one_step(trainer: Trainer, world_size: int) -> None:
+    """Forward and backward of one global batch, weights left alone."""
     config = trainer.config
     size, length = config.training.micro_batch_size, config.training.seq_length
     vocabulary = config.student.architecture.vocab_size
@@ -97,7 +97,6 @@ class _Saved:
         self._users: Counter[int] = Counter()
         self._bytes: dict[int, int] = {}
         self._now = 0
-        self.shapes: list[Any] = []
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -110,7 +109,6 @@ class _Saved:
         address = storage.data_ptr()
         if address in self._known or address == 0:
             return held
-        self.shapes.append((tuple(tensor.shape), str(tensor.dtype), address, storage.nbytes()))
         if self._users[address] == 0:
             self._bytes[address] = storage.nbytes()
             self._now += storage.nbytes()
