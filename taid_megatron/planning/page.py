@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 _STYLE = (
     "body{font:15px sans-serif;margin:2em auto;max-width:75em;padding:0 1em}"
-    "table{border-collapse:collapse;margin:.5em 0 2em}td,th{padding:.2em .7em;text-align:right;"
-    "border-bottom:1px solid #ddd}td:first-child,th:first-child,td:last-child{text-align:left}"
+    "table{border-collapse:collapse;margin:.5em 0 2em}td,th{padding:.2em .7em;"
+    "border-bottom:1px solid #ddd}"
     "img{max-width:100%}"
 )
 
@@ -54,7 +55,7 @@ def picture(plan: Plan) -> bytes:
                 ha="center",
                 va="center",
                 fontsize=8,
-                color="white",
+                color="black" if chunk % 2 else "white",
             )
     axes.invert_yaxis()
     axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
@@ -96,10 +97,19 @@ def write(path: Path, content: bytes | str) -> None:
 
 
 def _html(table: Table) -> str:
-    columns = [list(column.cells) for column in table.columns]
-    head = "".join(f"<th>{html.escape(str(column.header))}</th>" for column in table.columns)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in zip(*columns, strict=True)
+    sides = [column.justify for column in table.columns]
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    head = _row("th", sides, [column.header for column in table.columns])
+    body = "".join(_row("td", sides, row) for row in rows)
+    return f"<h2>{html.escape(str(table.title))}</h2><table>{head}{body}</table>"
+
+
+def _row(tag: str, sides: Sequence[str], cells: Iterable[object]) -> str:
+    return (
+        "<tr>"
+        + "".join(
+            f'<{tag} style="text-align:{side}">{html.escape(str(cell))}</{tag}>'
+            for side, cell in zip(sides, cells, strict=True)
+        )
+        + "</tr>"
     )
-    return f"<h2>{html.escape(str(table.title))}</h2><table><tr>{head}</tr>{rows}</table>"

@@ -121,6 +121,7 @@ def _time(figures: dict[str, Any]) -> Table:
 
 def _layouts(figures: dict[str, Any]) -> Table:
     table = _table("Layouts", "layout", "GiB", "tokens/s", "days", "why not")
+    table.columns[-1].justify = "left"
     for row in figures["layouts"]:
         table.add_row(
             row["name"],
