@@ -195,6 +195,81 @@ def evaluate(
     )
 
 
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration of a run.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of the whole run.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU, such as h100.")] = "h100",
+    efficiency: Annotated[
+        float, typer.Option(help="Share of the peak rate that matrix products reach.")
+    ] = 0.45,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Choose layers per stage for even stages.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Write the timeline.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write tables and timeline.")
+    ] = None,
+) -> int:
+    """Say what CONFIG will need and how long it will take; no GPU is needed.
+
+    taid-megatron plan launch/recipes/taid_phi3_tinyllama.yaml --gpus 80 --gpu h100
+    """
+    import json
+
+    from taid_megatron.config.load import load
+    from taid_megatron.planning import plan as planning
+
+    settings = load(config, overrides or ())
+    made = planning.make(settings, world_size=gpus, gpu=gpu, efficiency=efficiency, balance=balance)
+    if picture or page:
+        from taid_megatron.planning import page as pages
+
+        if picture:
+            pages.write(picture, pages.picture(made))
+        if page:
+            pages.write(page, pages.page(made, f"Plan of {config.name}"))
+    if as_json:
+        print(json.dumps(made.figures, indent=1))
+        return 0
+    from taid_megatron.planning.show import show
+
+    show(made.figures)
+    return 0
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML configuration of a run.")
+    ] = None,
+    overrides: Overrides = None,
+    network: Annotated[
+        bool, typer.Option("--network", help="Time the links between torchrun's ranks.")
+    ] = False,
+) -> int:
+    """Say whether this machine is ready, and whether what CONFIG needs is there.
+
+    With the network: torchrun --nproc-per-node N -m taid_megatron doctor --network
+    """
+    from taid_megatron.config.load import load
+    from taid_megatron.planning import doctor as examination
+
+    settings = load(config, overrides or ()) if config else None
+    findings = examination.examine(settings)
+    if network:
+        findings += examination.network()
+    if os.environ.get("RANK", "0") == "0":
+        from taid_megatron.planning.show import show_findings
+
+        show_findings(findings)
+    return 0 if examination.passed(findings) else 2
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         print(f"taid-megatron {__version__}")

@@ -45,6 +45,31 @@ def check(
     `teacher_architecture` is that of `teacher.checkpoint`, once the caller has read it. `trains`:
     False leaves out what a run needs and an evaluation does not: length, data, folders.
     """
+    check_layout(
+        config,
+        world_size,
+        teacher_architecture=teacher_architecture,
+        engine=engine,
+        trains=trains,
+    )
+    if not trains:
+        return
+    _check_logging(config, engine)
+    _check_inputs(config)
+    _check_writable("run.folder", config.run.folder)
+    if config.data.cache is not None:
+        _check_writable("data.cache", config.data.cache)
+
+
+def check_layout(
+    config: Config,
+    world_size: int | None = None,
+    *,
+    teacher_architecture: Architecture | None = None,
+    engine: EngineAbilities,
+    trains: bool = True,
+) -> None:
+    """The part of `check` that needs neither data nor a run folder: models, ranks, batches."""
     _check_parallel(config.parallel, engine)
     _check_models(config, teacher_architecture)
     check_weights(config, teacher_architecture)
@@ -52,14 +77,8 @@ def check(
     if world_size is not None:
         _check_world_size(config.parallel, world_size, engine)
     _check_batches(config, world_size)
-    if not trains:
-        return
-    _check_length(config)
-    _check_logging(config, engine)
-    _check_inputs(config)
-    _check_writable("run.folder", config.run.folder)
-    if config.data.cache is not None:
-        _check_writable("data.cache", config.data.cache)
+    if trains:
+        _check_length(config)
 
 
 def _check_parallel(parallel: Parallel, engine: EngineAbilities) -> None:

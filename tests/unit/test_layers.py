@@ -24,9 +24,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("quickstart",),
     ("evaluation",),
     ("training",),
-    ("conversion",),
+    ("conversion", "planning"),
     ("models", "checkpointing"),
-    ("data", "planning", "runtime"),
+    ("data", "runtime"),
     ("config", "losses", "schedules", "reporting"),
 )
 FORBIDDEN = {

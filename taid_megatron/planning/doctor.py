@@ -1,0 +1,308 @@
+"""`taid-megatron doctor`: is this machine ready, and has CONFIG what it needs.
+
+Each check looks and changes nothing (but for one compilation of the native kernel into the cache,
+where CONFIG asks for that kernel). A check returns findings; one that failed carries its mend.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from taid_megatron.config.batches import train_steps
+from taid_megatron.config.checks import check
+from taid_megatron.config.errors import UserError
+from taid_megatron.config.schema import Config
+from taid_megatron.planning.shape import parameters
+
+State = Literal["ok", "note", "FAIL"]
+
+# What was run together; see pyproject.toml.
+_NEEDED = {
+    "torch": ">=2.6,<2.14",
+    "megatron-core": ">=0.16.1,<0.17",
+    "numpy": ">=1.26",
+    "psutil": ">=5.9",
+    "pydantic": ">=2.7,<3",
+}
+_OPTIONAL = {
+    "transformer-engine": ">=2.9,<2.12",
+    "apex": "",
+    "nvidia-dali-cuda130": ">=2.0",
+    "nvidia-dali-cuda120": ">=2.0",
+    "triton": "",
+    "nvidia-nccl-cu12": "",
+    "nvidia-nccl-cu13": "",
+    "transformers": "",
+}
+_SHARED_MEMORY = 1 << 30
+_OPEN_FILES = 4096
+_CHECKPOINT_BYTES = 14
+"""Per parameter: a bf16 weight, its fp32 copy and two moments."""
+_FP8_CAPABILITY = (8, 9)
+_PORT = 29500
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table."""
+
+    what: str
+    state: State
+    found: str
+    mend: str = ""
+
+
+def examine(config: Config | None) -> list[Finding]:
+    """All findings, the machine's first, then the configuration's."""
+    found = [*_python(), *_versions(), *_gpus(config), *_compiler(config), *_limits(), *_port()]
+    if config is not None:
+        found += [*_configuration(config), *_data(config), *_teacher(config), *_disk(config)]
+    return found
+
+
+def passed(findings: list[Finding]) -> bool:
+    """Whether nothing failed."""
+    return all(finding.state != "FAIL" for finding in findings)
+
+
+def _python() -> Iterator[Finding]:
+    version = platform.python_version()
+    if Version(version) in SpecifierSet(">=3.10,<3.14", prereleases=True):
+        yield Finding("Python", "ok", version)
+    else:
+        yield Finding("Python", "FAIL", version, "use Python 3.10 to 3.13")
+
+
+def _versions() -> Iterator[Finding]:
+    for name, wanted in _NEEDED.items():
+        version = _installed(name)
+        if version is None:
+            mend = f"pip install '{name}{wanted}'"
+            yield Finding(name, "FAIL", "not installed", mend)
+        else:
+            yield _fits(name, version, wanted, "FAIL")
+    for name, wanted in _OPTIONAL.items():
+        version = _installed(name)
+        if version is not None:
+            yield _fits(name, version, wanted, "note")
+
+
+def _fits(name: str, version: str, wanted: str, otherwise: State) -> Finding:
+    if Version(version).public and SpecifierSet(wanted).contains(Version(version).public, True):
+        return Finding(name, "ok", version)
+    mend = f"expected {wanted}: pip install '{name}{wanted}'"
+    return Finding(name, otherwise, version, mend)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus(config: Config | None) -> Iterator[Finding]:
+    import torch
+
+    from taid_megatron.runtime.distributed import abilities
+
+    machine = abilities()
+    if not machine.has_cuda:
+        has_driver = shutil.which("nvidia-smi") is not None
+        mend = "install a CUDA build of torch that fits the driver" if has_driver else ""
+        state: State = "FAIL" if has_driver else "note"
+        found = "a driver, but none that torch can use" if has_driver else "none: runs over gloo"
+        yield Finding("GPUs", state, found, mend)
+        return
+    names = sorted({torch.cuda.get_device_name(i) for i in range(machine.gpu_count)})
+    state = "ok" if len(names) == 1 else "note"
+    mend = "" if len(names) == 1 else "ranks wait for the slowest kind: use one"
+    yield Finding("GPUs", state, f"{machine.gpu_count} x {', '.join(names)}", mend)
+    yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+    fp8 = min(torch.cuda.get_device_capability(i) for i in range(machine.gpu_count))
+    yield Finding("FP8", "note", "yes" if fp8 >= _FP8_CAPABILITY else "not on these GPUs")
+    if machine.has_transformer_engine:
+        yield Finding("Transformer Engine", "ok", "usable")
+    if config is not None and config.parallel.tensor > machine.gpu_count:
+        yield Finding(
+            "tensor parallelism",
+            "note",
+            f"parallel.tensor={config.parallel.tensor}, {machine.gpu_count} GPUs in this node",
+            "it crosses nodes, which is slow: lower parallel.tensor",
+        )
+
+
+def _compiler(config: Config | None) -> Iterator[Finding]:
+    from taid_megatron.losses import native
+
+    if config is not None and config.loss.kernel == "native":
+        try:
+            native.load(required=True)
+        except ValueError as error:
+            mend = "install g++, or set loss.kernel=auto"
+            yield Finding("native kernel", "FAIL", str(error), mend)
+        else:
+            yield Finding("native kernel", "ok", "compiled")
+        return
+    names = (os.environ.get("CXX"), "g++", "c++", "clang++")
+    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
+    if compiler:
+        yield Finding("C++ compiler", "ok", compiler)
+    else:
+        mend = "install g++: losses on a CPU then take the native kernel"
+        yield Finding("C++ compiler", "note", "none", mend)
+
+
+def _limits() -> Iterator[Finding]:
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        free = shutil.disk_usage(shared).free
+        enough = free >= _SHARED_MEMORY
+        mend = "" if enough else "NCCL wants 1 GiB and more: docker run --ipc=host or --shm-size=8g"
+        yield Finding("shared memory", "ok" if enough else "note", f"{_gib(free)} free", mend)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    many = soft == resource.RLIM_INFINITY or soft >= _OPEN_FILES
+    mend = "" if many else f"ulimit -n {_OPEN_FILES}, or many data files and ranks fail to open"
+    yield Finding("open files", "ok" if many else "note", f"ulimit -n {soft}", mend)
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft != resource.RLIM_INFINITY:
+        found = f"ulimit -l {soft // 1024}"
+        yield Finding("locked memory", "note", found, "InfiniBand wants ulimit -l unlimited")
+
+
+def _port() -> Iterator[Finding]:
+    if "MASTER_PORT" in os.environ and "RANK" in os.environ:
+        return  # torchrun holds it
+    port = int(os.environ.get("MASTER_PORT", _PORT))
+    with socket.socket() as listener:
+        try:
+            listener.bind(("", port))
+        except OSError as error:
+            mend = f"give torchrun another --rdzv-endpoint HOST:PORT or --master-port than {port}"
+            yield Finding("port", "note", f"{port}: {error.strerror}", mend)
+        else:
+            yield Finding("port", "ok", f"{port} is free")
+
+
+def _configuration(config: Config) -> Iterator[Finding]:
+    from taid_megatron.runtime.distributed import abilities, world_size_from_environment
+
+    ranks = world_size_from_environment() if "WORLD_SIZE" in os.environ else None
+    try:
+        check(config, ranks, engine=abilities())
+    except UserError as error:
+        what, _, mend = str(error).rpartition("; ")
+        yield Finding("configuration", "FAIL", what or str(error), mend)
+    else:
+        yield Finding("configuration", "ok", "its values fit together")
+
+
+def _data(config: Config) -> Iterator[Finding]:
+    from data_tools.manifest import DataError, check_indexed, read_manifest
+
+    fingerprints: dict[str, Path] = {}
+    limit = config.student.architecture.vocab_size
+    for part in (*config.data.blend, *(config.data.validation or ())):
+        what = f"data {part.prefix}"
+        try:
+            files, manifest = check_indexed(part.prefix), read_manifest(part.prefix)
+        except (DataError, OSError) as error:
+            yield Finding(what, "FAIL", str(error), "see the message")
+            continue
+        if manifest is None:
+            mend = "" if config.data.eod_id is not None else "set data.eod_id"
+            state: State = "note" if config.data.eod_id is not None else "FAIL"
+            yield Finding(what, state, "no manifest: tokenizer unknown", mend)
+            continue
+        fingerprints.setdefault(manifest.tokenizer.fingerprint, part.prefix)
+        if manifest.tokenizer.vocab_size > limit:
+            found = f"{manifest.tokenizer.vocab_size} ids, the student knows {limit}"
+            yield Finding(what, "FAIL", found, "prepare it with the models' tokenizer")
+            continue
+        yield Finding(what, "ok", f"{files.num_sequences:,} sequences, {manifest.tokens:,} tokens")
+    if len(fingerprints) > 1:
+        given = ", ".join(f"{prefix}: {value[:8]}" for value, prefix in fingerprints.items())
+        mend = "prepare all of them with one tokenizer"
+        yield Finding("tokenizers of the data", "FAIL", given, mend)
+    elif fingerprints:
+        yield Finding("tokenizer of the data", "ok", next(iter(fingerprints))[:16])
+
+
+def _teacher(config: Config) -> Iterator[Finding]:
+    teacher = config.teacher
+    if teacher is None:
+        return
+    if teacher.hf is not None:
+        yield Finding("teacher", "ok", str(teacher.hf))  # read with the configuration
+        return
+    if teacher.checkpoint is None:
+        mend = "set teacher.hf or teacher.checkpoint"
+        yield Finding("teacher", "note", "an architecture alone: random weights", mend)
+        return
+    # megatron-core reads checkpoints: seconds to import, and only here
+    from taid_megatron.checkpointing import store
+
+    try:
+        checkpoint = store.find(teacher.checkpoint)
+        vocabulary = checkpoint.state()["architecture"]["vocab_size"]
+    except (UserError, OSError, ValueError, KeyError) as error:
+        mend = "name a step_* folder, or a run folder that has one"
+        yield Finding("teacher", "FAIL", f"{teacher.checkpoint}: {error}", mend)
+        return
+    yield Finding("teacher", "ok", f"{checkpoint.path}, {vocabulary} token ids")
+
+
+def _disk(config: Config) -> Iterator[Finding]:
+    folder = config.run.folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    one = _CHECKPOINT_BYTES * parameters(config.student.architecture)
+    every = config.checkpoint.every
+    count = 1 if every is None else max(1, -(-train_steps(config) // every))
+    found = f"{_gib(free)} free, {count} checkpoints of {_gib(one)}"
+    if free < one:
+        yield Finding("disk", "FAIL", found, "free some, or set run.folder to a larger disk")
+    elif free < count * one:
+        mend = "not all of them fit: raise checkpoint.every, keep fewer, or watch the disk"
+        yield Finding("disk", "note", found, mend)
+    else:
+        yield Finding("disk", "ok", found)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def network() -> list[Finding]:
+    """Findings of the links between torchrun's ranks; to be called on all of them."""
+    from taid_megatron.planning.network import examine as measured
+
+    found = measured()
+    if found is None:
+        mend = "torchrun --nproc-per-node N -m taid_megatron doctor --network"
+        return [Finding("network", "FAIL", "one rank: nothing to measure", mend)]
+    rate = 16 / 1024 / found.all_reduce
+    ranks = f"all-reduce of 16 MiB in {found.all_reduce * 1e3:.1f} ms, {rate:.3g} GiB/s"
+    findings = [Finding("network", "ok", ranks)]
+    for rank, after, times in found.slow_links():
+        what = f"{times:.1f} times the median"
+        mend = "look at the cable, the switch port and the load of both hosts"
+        findings.append(Finding(f"link {rank} to {after}", "FAIL", what, mend))
+    suspect = found.suspect()
+    if suspect is not None:
+        mend = "take its node out, or look at its load"
+        findings.append(Finding(f"rank {suspect}", "FAIL", "both its links are slow", mend))
+    return findings
