@@ -17,8 +17,13 @@ data: {blend: corpus}
 """
 
 
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("answers")
+
+
 @pytest.fixture
-def stand_ins(tmp_path: Path) -> StandIns:
+def stand_ins(tmp_path: Path, answers: Path) -> StandIns:
     (tmp_path / "run").mkdir()
     (tmp_path / "run.yaml").write_text(CONFIG)
-    return StandIns(tmp_path)
+    return StandIns(tmp_path, answers)

@@ -73,13 +73,24 @@ sys.exit(subprocess.run(sys.argv[8:]).returncode)
 # as PLAN says, a JSON object per command: {"code", "status" (written to STATUS_FILE), "wait" (for a
 # signal)}.
 PYTHON = r"""
-import json, os, signal, sys
+import json, os, signal, subprocess, sys, zlib
 words = sys.argv[1:]
 if words[0] == "-c" or words[1] == "taid_megatron.config.value":
     if "find_spec" in words[1] and os.environ.get("FAKE_TORCH"):
         print(os.environ["FAKE_TORCH"])
         sys.exit()
-    os.execv(sys.executable, [sys.executable, *words])
+    if words[0] == "-c":
+        os.execv(sys.executable, [sys.executable, *words])
+    # a third of a second each: once per configuration is enough
+    known = os.path.join(os.environ["ANSWERS"], str(zlib.crc32(repr(words).encode())))
+    if not os.path.exists(known):
+        done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE)
+        if done.returncode:
+            sys.exit(done.returncode)
+        with open(known + str(os.getpid()), "wb") as answer:
+            answer.write(done.stdout)
+        os.rename(answer.name, known)
+    sys.exit(print(open(known).read(), end=""))
 assert words[0] == "-m"
 by_torchrun = words[1] == "torch.distributed.run"
 command = words[len(words) - words[::-1].index("taid_megatron") if by_torchrun else 2]
@@ -111,8 +122,10 @@ sys.exit(plan.get("code", 0))
 class StandIns:
     """The programs in a folder of their own, and what they noted."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, answers: Path) -> None:
+        """answers: where values of configurations are kept for the tests that follow."""
         self.folder = folder
+        self.answers = answers
         self.calls_file = folder / "calls.jsonl"
         self.bin = folder / "bin"
         self.bin.mkdir()
@@ -123,7 +136,7 @@ class StandIns:
             ("python", PYTHON),
         ):
             path = self.bin / name
-            path.write_text(f"#!{sys.executable}\n{text}")
+            path.write_text(f"#!{sys.executable} -SE\n{text}")
             path.chmod(0o755)
 
     def environment(self, **more: str) -> dict[str, str]:
@@ -138,6 +151,7 @@ class StandIns:
             "PYTHONPATH": str(ROOT),
             "PYTHON": str(self.bin / "python"),
             "CALLS": str(self.calls_file),
+            "ANSWERS": str(self.answers),
             **more,
         }
 

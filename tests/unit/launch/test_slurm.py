@@ -227,7 +227,7 @@ def test_the_80_gpu_script_is_the_generic_one_with_numbers() -> None:
         (SLURM / name).read_text().split("set -euo pipefail")[1]
         for name in ("pretrain_80xh100.sbatch", "generic.sbatch")
     ]
-    assert bodies[0].replace("export NPROC_PER_NODE=8\n", "").replace(
+    assert bodies[0].replace('export NPROC_PER_NODE="${NPROC_PER_NODE:-8}"\n', "").replace(
         "pretrain_80xh100", "generic"
     ) == (re.sub(r"# Slurm runs a copy.*\n", "", bodies[1]))
 
