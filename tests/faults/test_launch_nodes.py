@@ -37,8 +37,8 @@ def cluster(tmp_path: Path) -> StandIns:
     return StandIns(tmp_path, tmp_path)
 
 
-def job(number: int, **more: str) -> dict[str, str]:
-    return {**JOB, "SLURM_JOB_ID": str(os.getpid() * 10 + number), **more}
+def job() -> dict[str, str]:
+    return {**JOB, "SLURM_JOB_ID": str(os.getpid())}
 
 
 def records(folder: Path) -> list[dict]:
@@ -70,29 +70,6 @@ def alive(pids: list[int]) -> list[int]:
     return [pid for pid in pids if runs(pid)]
 
 
-def test_a_node_that_dies_ends_the_job_and_leaves_nothing_behind(cluster: StandIns) -> None:
-    process = cluster.start(SCRIPT, "toy.yaml", "training.steps=100000", **job(1))
-    try:
-        while len(records(cluster.folder)) < 2:
-            assert process.poll() is None, logs(cluster.folder)
-            time.sleep(0.05)
-        below = processes(process.pid)
-        nodes = [pid for pid in below if b"launch/torchrun.sh" in cmdline(pid).split(b"\0", 2)[1]]
-        assert len(nodes) == 2
-        for pid in processes(nodes[1]):  # power off: everything of the node at once
-            os.kill(pid, signal.SIGKILL)
-        _, said = process.communicate(timeout=100)
-    finally:
-        for pid in alive(processes(process.pid)):
-            os.kill(pid, signal.SIGKILL)
-    assert (
-        process.returncode == 128 + signal.SIGKILL
-    )  # the highest code of any node, as srun has it
-    assert "not requeued" in said
-    assert not [call for call in cluster.calls("scontrol") if call[0] == "requeue"]
-    assert alive(below) == []
-
-
 def cmdline(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes() + b"\0\0"
@@ -100,34 +77,39 @@ def cmdline(pid: int) -> bytes:
         return b"\0\0"
 
 
-# Stands in for a trainer that stops on a signal: the run ends after step 2 and says 75.
-STOPPING = """#!/usr/bin/env bash
-if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] && [ "$2" = torch.distributed.run ]; then
-    REAL "$@" training.stop_at=2 || exit $?
-    echo '{"exit_code": 75}' >FOLDER/run/run_status.$$ && mv FOLDER/run/run_status.$$ STATUS
-    exit 1
-fi
-exec REAL "$@"
-"""
-
-
-def test_a_requeued_job_resumes_with_the_same_losses(cluster: StandIns) -> None:
+def test_a_node_dies_and_the_restarted_job_has_the_losses_of_a_straight_run(
+    cluster: StandIns,
+) -> None:
+    """Slurm restarts a job whose node went down, with the same id and a count (--requeue)."""
     folder = cluster.folder
-    stopping = folder / "stopping_python"
-    text = STOPPING.replace("REAL", sys.executable).replace("FOLDER", str(folder))
-    stopping.write_text(text.replace("STATUS", str(folder / "run/run_status.json")))
-    stopping.chmod(0o755)
-    settings = job(2, PYTHON=str(stopping))
-    config = ("toy.yaml", "training.steps=4", "optimizer.warmup_steps=1")
-
-    code, said = cluster.run(SCRIPT, *config, **settings)
-    assert code == 75, said + logs(folder)
-    assert ["requeue", settings["SLURM_JOB_ID"]] in cluster.calls("scontrol")
-    assert [record["step"] for record in records(folder)][-1] == 2
+    config = ("toy.yaml", "training.steps=6", "optimizer.warmup_steps=1")
+    settings = job()
+    process = cluster.start(SCRIPT, *config, "checkpoint.every=2", **settings)
+    below: list[int] = []
+    try:
+        while not (folder / "run/checkpoints/step_00000002/state.json").exists():
+            assert process.poll() is None, logs(folder)
+            time.sleep(0.05)
+        below = processes(process.pid)
+        nodes = [pid for pid in below if b"launch/torchrun.sh" in cmdline(pid).split(b"\0", 2)[1]]
+        assert len(nodes) == 2
+        for pid in processes(nodes[1]):  # power off: everything of the node at once
+            os.kill(pid, signal.SIGKILL)
+        _, said = process.communicate(timeout=100)
+        assert alive(below) == []
+    finally:
+        for pid in alive([*processes(process.pid), *below]):
+            os.kill(pid, signal.SIGKILL)
+    assert (
+        process.returncode == 128 + signal.SIGKILL
+    )  # the highest code of any node, as srun has it
+    assert "not requeued" in said
+    assert ["requeue", settings["SLURM_JOB_ID"]] not in cluster.calls("scontrol")
+    assert records(folder)[-1]["step"] < 6
 
     code, said = cluster.run(SCRIPT, *config, **settings, SLURM_RESTART_COUNT="1")
     assert code == 0, said + logs(folder)
+    assert "resuming" in logs(folder)
     straight = toy.train(folder / "toy.yaml", folder / "straight", 2, *config[1:])
-    assert toy.column(records(folder), "loss") == toy.column(straight, "loss")
-    assert toy.column(records(folder), "t") == toy.column(straight, "t")
-    assert [record["step"] for record in records(folder) if "loss" in record] == [1, 2, 3, 4]
+    for figure in ("step", "loss", "t", "grad_norm"):
+        assert toy.column(records(folder), figure) == toy.column(straight, figure), figure
