@@ -14,7 +14,6 @@ NAME=job.sh
 [ -n "${SLURM_JOB_ID:-}" ] ||
     die "runs inside a Slurm job; submit one: sbatch launch/slurm/generic.sbatch CONFIG.yaml"
 [ $# -ge 1 ] || die "no CONFIG.yaml given: sbatch ... FILE.sbatch CONFIG.yaml [section.key=value ...]"
-config="$1"
 nodes="$SLURM_JOB_NUM_NODES"
 restarts="${SLURM_RESTART_COUNT:-0}"
 max_requeues="${MAX_REQUEUES:-20}"
@@ -104,9 +103,13 @@ trap 'stopped_by=USR1; forward_signal USR1 USR1' USR1
 trap 'stopped_by=TERM; forward_signal TERM TERM' TERM
 
 code=0
-if [ "${DOCTOR:-yes}" != no ] && has_command doctor; then
+if [ "${DOCTOR:-yes}" = no ]; then
+    say "DOCTOR=no: the network is not timed"
+elif ! has_command doctor; then
+    say "this version has no 'taid-megatron doctor': the network is not timed"
+else
     say "doctor --network"
-    on_all_ranks doctor "$config" --network || code=$?
+    on_all_ranks doctor "$@" --network || code=$?
     [ "$code" = 0 ] || {
         say "doctor ended with $code (see the logs); DOCTOR=no trains in spite of it"
         exit "$code"

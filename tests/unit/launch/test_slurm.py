@@ -140,13 +140,13 @@ def test_a_signal_to_the_batch_script_reaches_every_node_once(
 
 def test_doctor_before_export_and_evaluate_after(stand_ins: StandIns) -> None:
     settings = {"DOCTOR": "yes", "EXPORT_TO": "exported", "EVALUATE": "yes"}
-    code, said = submit(stand_ins, **settings)
+    code, said = submit(stand_ins, "run.yaml", "run.seed=7", **settings)
     assert code == 0, said
     assert steps(stand_ins) == ["doctor", "train", "export", "evaluate"]
     [words] = [call["words"] for [call] in stand_ins.calls("command") if "--out" in call["words"]]
     assert words == ["export", "run", "--out", "exported"]
     doctor, _, evaluate = [call["words"] for [call] in ranks(stand_ins)][::2]
-    assert doctor[-3:] == ["doctor", "run.yaml", "--network"]
+    assert doctor[-4:] == ["doctor", "run.yaml", "run.seed=7", "--network"]
     assert evaluate[-2:] == ["evaluate", "run"]
 
 
@@ -158,7 +158,9 @@ def test_what_doctor_finds_stops_the_job(stand_ins: StandIns) -> None:
 
 def test_commands_that_this_version_lacks(stand_ins: StandIns) -> None:
     lacking = plan(doctor={"missing": 2}, export={"missing": 2}, evaluate={"missing": 2})
-    assert submit(stand_ins, DOCTOR="yes", PLAN=lacking)[0] == 0
+    code, text = submit(stand_ins, DOCTOR="yes", PLAN=lacking)
+    assert code == 0
+    assert "no 'taid-megatron doctor': the network is not timed" in text
     assert steps(stand_ins) == ["train"]
     # asked for by name, it is missed before the run and not after
     for setting in ({"EXPORT_TO": "exported"}, {"EVALUATE": "yes"}):
