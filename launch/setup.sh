@@ -22,7 +22,7 @@ die() {
 extra=base
 case "${1:-}" in
 "") ;;
---test) extra=test ;;
+--test) extra="test" ;;
 *) die "unknown option '$1'; the only one is --test" ;;
 esac
 
@@ -89,7 +89,7 @@ pip() {
 
 install() {
     local target="$root"
-    [ "$extra" = base ] || target="$root[$extra]"
+    [ "$extra" = base ] || target="${root}[$extra]"
     : >"$log"
     if ! "$venv/bin/python" - "$oldest_pip" <<'PY'; then
 import sys, pip
