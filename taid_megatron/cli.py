@@ -202,8 +202,9 @@ def plan(
     gpus: Annotated[int, typer.Option(help="GPUs of the whole run.")] = 8,
     gpu: Annotated[str, typer.Option(help="Kind of GPU, such as h100.")] = "h100",
     efficiency: Annotated[
-        float, typer.Option(help="Share of the peak rate that matrix products reach.")
-    ] = 0.45,
+        float | None,
+        typer.Option(help="Share of the peak rate that matrix products reach; none: 0.45."),
+    ] = None,
     balance: Annotated[
         bool, typer.Option("--balance", help="Choose layers per stage for even stages.")
     ] = False,
@@ -225,7 +226,8 @@ def plan(
     from taid_megatron.planning import plan as planning
 
     settings = load(config, overrides or ())
-    made = planning.make(settings, world_size=gpus, gpu=gpu, efficiency=efficiency, balance=balance)
+    share = planning.EFFICIENCY if efficiency is None else efficiency
+    made = planning.make(settings, world_size=gpus, gpu=gpu, efficiency=share, balance=balance)
     if picture or page:
         from taid_megatron.planning import page as pages
 

@@ -156,6 +156,9 @@ def _compiler(config: Config | None) -> Iterator[Finding]:
         else:
             yield Finding("native kernel", "ok", "compiled")
         return
+    if config is not None and config.loss.kernel == "triton" and _installed("triton") is None:
+        mend = "pip install triton, or set loss.kernel=auto"
+        yield Finding("Triton kernels", "FAIL", "triton is not installed", mend)
     names = (os.environ.get("CXX"), "g++", "c++", "clang++")
     compiler = next((path for name in names if name and (path := shutil.which(name))), None)
     if compiler:

@@ -119,6 +119,13 @@ def test_the_native_kernel_is_needed_where_it_is_asked_for(run, tmp_path, monkey
     assert examined(run, tmp_path)["native kernel"].state == "FAIL"
 
 
+def test_triton_is_needed_where_it_is_asked_for(run, tmp_path, monkeypatch) -> None:
+    real = doctor._installed
+    monkeypatch.setattr(doctor, "_installed", lambda name: name != "triton" and real(name) or None)
+    run["loss"]["kernel"] = "triton"
+    assert examined(run, tmp_path)["Triton kernels"].state == "FAIL"
+
+
 def test_a_slow_link_and_a_slow_rank_are_named() -> None:
     link = Network(0.1, [1.0, 1.1, 5.0, 0.9])
     assert link.slow_links() == [(2, 3, pytest.approx(5.0 / 1.05))]

@@ -101,6 +101,25 @@ def test_what_is_ranked_can_be_run() -> None:
     assert again["time"]["seconds"] == pytest.approx(best["step_seconds"])
 
 
+def test_a_student_alone_and_a_teacher_from_a_checkpoint(tmp_path: Path) -> None:
+    path = RECIPES / "taid_two_gpus.yaml"
+    alone = plan.make(
+        load(path, ["teacher=null", "loss.name=cross_entropy"]), world_size=2, gpu="rtx4090"
+    ).figures
+    assert alone["parameters"]["teacher"] is None
+    assert alone["memory"][0]["teacher"] == 0
+    whole = plan.make(load(path), world_size=2, gpu="rtx4090").figures
+    assert whole["time"]["seconds"] > alone["time"]["seconds"]
+
+    architecture = load(path).teacher.architecture.model_dump(mode="json")
+    step = tmp_path / "step_00000001"
+    step.mkdir()
+    (step / "state.json").write_text(json.dumps({"architecture": architecture}))
+    given = ["teacher.architecture=null", f"teacher.checkpoint={step}"]
+    saved = plan.make(load(path, given), world_size=2, gpu="rtx4090").figures
+    assert saved["memory"] == whole["memory"]
+
+
 def test_unknown_gpu_is_named_with_the_known_ones(capsys) -> None:
     recipe = str(RECIPES / "taid_two_gpus.yaml")
     assert cli.main(["plan", recipe, "--gpus", "2", "--gpu", "h10"]) == 2
@@ -144,7 +163,6 @@ def test_json_alone_and_without_torch(tmp_path: Path) -> None:
 
 
 def test_the_page_holds_tables_and_picture_and_links_nowhere() -> None:
-    pytest.importorskip("matplotlib", reason="an optional extra")
     config = load(RECIPES / "taid_qwen2_72b_1_5b.yaml")
     text = page(plan.make(config, world_size=16, gpu="h100"), "Plan <of> a run")
     assert "data:image/png;base64," in text

@@ -38,6 +38,22 @@ def test_parameters_are_the_published_number(recipe: str, model: str) -> None:
     assert parameters(shape) == PUBLISHED[recipe, model]
 
 
+def test_a_mixture_counts_every_expert_and_computes_with_some() -> None:
+    mixtral = Architecture(
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_query_groups=8,
+        ffn_hidden_size=14336,
+        vocab_size=32000,
+        num_moe_experts=8,
+    )
+    assert parameters(mixtral) == 46_702_792_704
+    dense = mixtral.model_copy(update={"num_moe_experts": None})
+    expert = 2 * 3 * 4096 * 14336
+    assert layer_operations(mixtral, 8) - layer_operations(dense, 8) == expert
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_stages_and_tensor_ranks_add_up_to_the_model(tied: bool) -> None:
     shape = Architecture(
