@@ -117,16 +117,18 @@ def test_train_returns_the_loops_exit_code(trainer, run_yaml: Path, code: int):
 
 
 def test_quickstart_passes_its_options(monkeypatch):
+    from taid_megatron import quickstart
+
     seen = []
-    module: Any = ModuleType("taid_megatron.quickstart")
-    module.run = lambda **options: seen.append(options) or 0
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    assert cli.main(["quickstart"]) == 0
-    assert cli.main(["quickstart", "--folder", "there", "--fresh"]) == 0
+    monkeypatch.setattr(quickstart, "run", lambda **options: seen.append(options) or 0)
+    for line in ([], ["--folder", "there", "--fresh", "--seeds", "3"], ["--long"]):
+        assert cli.main(["quickstart", *line]) == 0
     assert seen == [
-        {"folder": Path("runs/quickstart"), "fresh": False},
-        {"folder": Path("there"), "fresh": True},
+        {"folder": Path("runs/quickstart"), "fresh": False, "sizes": quickstart.Sizes()},
+        {"folder": Path("there"), "fresh": True, "sizes": quickstart.Sizes(seeds=3)},
+        {"folder": Path("runs/quickstart"), "fresh": False, "sizes": quickstart.LONG},
     ]
+    assert cli.main(["quickstart", "--seeds", "0"]) == 2
 
 
 @pytest.mark.parametrize("kind", [UserError, DataError])
