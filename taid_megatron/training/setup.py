@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from taid_megatron.schedules import CTKDTemperature, TAIDSchedule
 from taid_megatron.training.objectives import build_schedule, build_temperature
 from taid_megatron.training.optimizer import build_lr_schedule, build_optimizer, wire, wrap
 from taid_megatron.training.step import Pipeline
+from taid_megatron.training.stopping import RunLock
 
 
 @dataclass
@@ -54,6 +55,14 @@ class Trainer:
     """Optimizer steps done."""
     consumed_samples: int = 0
     """Sequences those steps have used, over all ranks."""
+    skipped_in_a_row: int = 0
+    """Steps just before this one that were not applied."""
+    resumed_from: Path | None = None
+    """The checkpoint that the run goes on from."""
+    lock: RunLock | None = None
+    """On the main rank: the run folder's, to be held when it writes."""
+    faults: list[str] = field(default_factory=list)
+    """What was wrong with newer checkpoints, at the resume."""
 
     @property
     def students(self) -> list[GPTStage]:
@@ -192,7 +201,7 @@ def _fill_from_teacher(
     assert teacher.checkpoint is not None
     checkpoint = store.find(teacher.checkpoint)
     if layers is None:
-        store.load_weights(checkpoint, stages)
+        store.load_weights(checkpoint, stages, verify=config.checkpoint.verify)
     else:
         import_checkpoint(checkpoint.path, stages, architecture, vocabulary, layers=layers)
 
