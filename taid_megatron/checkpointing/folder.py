@@ -98,16 +98,17 @@ def publish(unfinished: Path, name: str, manifest_hash: str) -> Path:
 
 
 def pointer_problem(folder: Path) -> str | None:
-    """What is wrong with the pointer, in words; None where it names a checkpoint that is there.
+    """What is wrong with the pointer, in words; None where it fits a checkpoint that is there.
 
-    The checkpoints themselves say which is the newest, so a lost pointer costs nothing but trust.
+    The checkpoints themselves say which is the newest. So a pointer that lags behind, or is not
+    there, is none: a process killed before it was written, or a copied checkpoint.
     """
     path = folder / POINTER
     try:
         content = json.loads(path.read_bytes())
         name, expected = content["checkpoint"], content["manifest"]
     except FileNotFoundError:
-        return f"{path}: missing"
+        return None
     except (OSError, ValueError, KeyError, TypeError):
         return f"{path}: damaged, it names no checkpoint"
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not (folder / name).is_dir():

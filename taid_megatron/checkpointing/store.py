@@ -97,6 +97,8 @@ def choose(folder: Path, *, verify: Verify, strict: bool) -> tuple[Checkpoint | 
     found = on_first_rank(lambda: folders.published(folder))
     if not found:
         return None, []
+    if not (folder / folders.POINTER).exists():
+        get_logger().warning(f"{folder / folders.POINTER}: missing; the newest checkpoint is taken")
     faults = []
     if fault := on_first_rank(lambda: folders.pointer_problem(folder)):
         faults.append(fault)

@@ -455,6 +455,9 @@ class Data(Section):
     """Held-out data; none: no evaluation."""
     reader: Literal["gpt"] = "gpt"
     """'gpt': megatron-core's GPTDataset, sequences packed across documents."""
+    verify: Literal["fast", "full"] = "fast"
+    """What is checked before the first step: 'fast' the index and its hash, and token ids in 64
+    places; 'full' every token id and the tokens' hash too (reads all of the data once)."""
     eod_id: NotNegative | None = None
     """End-of-document token id; none: the one in the first prefix's manifest."""
     cache: Path | None = None

@@ -36,8 +36,10 @@ from taid_megatron.training.setup import (
     Trainer,
     build_batches,
     build_trainer,
+    check_tokenizer,
     keep_tokenizer,
     teacher_architecture,
+    tokenizer_fingerprint,
 )
 from taid_megatron.training.stopping import STOPPED, RunLock, Signals, recorded
 
@@ -61,6 +63,7 @@ def run(config: Config) -> int:
         teacher_architecture=teacher_architecture(config),
         engine=abilities,
     )
+    check_tokenizer(config)
     with Signals() as signals:
         world = distributed.start(config.parallel, config.run.seed)
         try:
@@ -277,6 +280,7 @@ def _save(trainer: Trainer) -> None:
                 "ctkd": trainer.temperature.state_dict() if trainer.temperature else None,
                 "architecture": config.student.architecture.model_dump(mode="json"),
                 "seq_length": config.training.seq_length,
+                "tokenizer": tokenizer_fingerprint(config),
                 "layout": _layout(trainer),
                 "distributed_optimizer": config.parallel.distributed_optimizer,
                 "versions": {"taid_megatron": __version__, "torch": torch.__version__},
@@ -356,6 +360,12 @@ def _refuse_other_model(
                 f"loss.name is {config.loss.name}, {checkpoint.path} "
                 f"{'has a' if saved_one else 'has no'} {what}: {_OR_ELSE}"
             )
+    theirs, ours = state.get("tokenizer"), tokenizer_fingerprint(config)
+    if theirs is not None and ours is not None and theirs != ours:
+        raise ConfigError(
+            f"data.blend is of the tokenizer {ours}, {checkpoint.path} was trained on data of "
+            f"{theirs}: {_OR_ELSE}"
+        )
     if state["distributed_optimizer"] != config.parallel.distributed_optimizer:
         raise ConfigError(
             f"parallel.distributed_optimizer is {config.parallel.distributed_optimizer}, "

@@ -87,7 +87,7 @@ def _chosen(rank: int, size: int, cases: list[tuple[str, str, bool]]) -> list[An
     return found
 
 
-def test_the_newest_sound_one_is_chosen_alike_on_all_ranks(straight, tmp_path) -> None:
+def test_the_newest_sound_one_is_chosen_alike_on_all_ranks(straight, tmp_path, capfd) -> None:
     def copy(name: str, *damages: tuple[Callable, str]) -> str:
         folder = shutil.copytree(straight / "checkpoints", tmp_path / name)
         for damage, path in damages:
@@ -97,7 +97,8 @@ def test_the_newest_sound_one_is_chosen_alike_on_all_ranks(straight, tmp_path) -
     shard = next((straight / "checkpoints/step_00000006").glob("*.distcp")).name
     flipped = copy("flipped", (flip, f"step_00000006/{shard}"))
     short = copy("short", (cut, f"step_00000006/{shard}"), (empty, "step_00000004/state.json"))
-    pointers = [copy(f"p{damage.__name__}", (damage, "latest")) for damage in DAMAGES]
+    pointers = [copy(f"p{damage.__name__}", (damage, "latest")) for damage in (flip, cut, empty)]
+    no_pointer = copy("no_pointer", (remove, "latest"))
     dead = copy("dead", *[(remove, f"step_0000000{n}/manifest.json") for n in (2, 4, 6)])
     cases = [
         (copy("sound"), "full", True),
@@ -106,6 +107,7 @@ def test_the_newest_sound_one_is_chosen_alike_on_all_ranks(straight, tmp_path) -
         (flipped, "full", True),
         (short, "fast", False),
         (dead, "fast", False),
+        (no_pointer, "fast", True),
         *[(pointer, "fast", False) for pointer in pointers],
         *[(pointer, "fast", True) for pointer in pointers],
     ]
@@ -122,7 +124,9 @@ def test_the_newest_sound_one_is_chosen_alike_on_all_ranks(straight, tmp_path) -
     assert first[4][0] == "step_00000002"
     assert "state.json" in first[4][1][1]
     assert "none of the 3 checkpoints" in first[5]
-    for (name, faults), refusal in zip(first[6:10], first[10:14], strict=True):
+    assert first[6] == ("step_00000006", [])
+    assert f"{no_pointer}/latest: missing" in capfd.readouterr().err
+    for (name, faults), refusal in zip(first[7:10], first[10:], strict=True):
         assert name == "step_00000006"
         assert "latest" in faults[0]
         assert "latest" in refusal
