@@ -490,12 +490,6 @@ class Checkpoint(Section):
     """Refuse to start where the newest checkpoint, or the pointer to it, is damaged; false: go on
     from the newest one that is sound, with a warning and a record in metrics.jsonl."""
 
-    @model_validator(mode="after")
-    def _keeps(self) -> Checkpoint:
-        if self.keep_every is not None and self.keep is None:
-            raise ValueError("keep_every needs keep: without it all checkpoints stay")
-        return self
-
 
 class Engine(Section):
     """Which layers carry the models."""

@@ -181,6 +181,11 @@ def test_retention_keeps_the_last_every_nth_the_resumed_and_what_lies_ahead(tmp_
     assert folders.newest(tmp_path) == folders.Checkpoint(tmp_path / "step_00000090", 90)
 
 
+def test_keep_every_alone_is_refused(config, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"keep_every=2 without checkpoint\.keep"):
+        toy.train(config, tmp_path, 1, "checkpoint.keep_every=2")
+
+
 def _save(trainer: Any, folder: Path, step: int) -> Path:
     return store.save(
         *(folder, step),

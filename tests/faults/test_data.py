@@ -168,3 +168,15 @@ def test_another_tokenizer_than_the_teachers_or_the_checkpoints_is_refused(
     assert not (tmp_path / "student").exists()  # before anything was built
     with pytest.raises(ConfigError, match=r"data\.blend is of the tokenizer a{32}"):
         toy.train(config, tmp_path / "teacher", 1, f"data.blend={ours}", *taught, save=True)
+
+
+def test_a_moved_end_of_a_document_is_found_by_the_hash(prefix) -> None:
+    """Its tables stay in order: nothing but the manifest knows better."""
+    files = check_indexed(prefix)
+    entry = HEADER.size + 12 * files.num_sequences + 8 * 5
+    with Path(f"{prefix}.idx").open("r+b") as index:
+        index.seek(entry)
+        index.write(np.int64(files.document_indices()[4]).tobytes())
+    check_indexed(prefix, deep=True)
+    with pytest.raises(UserError, match=r"data\.idx: its content is not what .*manifest\.json"):
+        inspect(prefix, vocab_size=toy.VOCABULARY, full=False)
