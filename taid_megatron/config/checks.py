@@ -79,6 +79,16 @@ def check_layout(
     _check_batches(config, world_size)
     if trains:
         _check_length(config)
+        _check_retention(config)
+
+
+def _check_retention(config: Config) -> None:
+    checkpoint = config.checkpoint
+    if checkpoint.keep_every is not None and checkpoint.keep is None:
+        raise ConfigError(
+            f"checkpoint.keep_every={checkpoint.keep_every} without checkpoint.keep, so that all "
+            "checkpoints stay; set checkpoint.keep as well, or checkpoint.keep_every=null"
+        )
 
 
 def _check_parallel(parallel: Parallel, engine: EngineAbilities) -> None:

@@ -384,6 +384,9 @@ class Training(Section):
     """Activations to compute again instead of keeping."""
     gc_interval: NotNegative = 100
     """Steps between garbage collections, on all ranks at once; 0 leaves it to Python."""
+    max_skipped_steps: NotNegative = 10
+    """Steps in a row that may be skipped because a loss or gradient is not finite; one more
+    ends the run."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
@@ -452,6 +455,9 @@ class Data(Section):
     """Held-out data; none: no evaluation."""
     reader: Literal["gpt"] = "gpt"
     """'gpt': megatron-core's GPTDataset, sequences packed across documents."""
+    verify: Literal["fast", "full"] = "fast"
+    """What is checked before the first step: 'fast' the index and its hash, and token ids in 64
+    places; 'full' every token id and the tokens' hash too (reads all of the data once)."""
     eod_id: NotNegative | None = None
     """End-of-document token id; none: the one in the first prefix's manifest."""
     cache: Path | None = None
@@ -473,6 +479,16 @@ class Checkpoint(Section):
     """Steps between checkpoints; none: only at the end."""
     resume: bool = True
     """Go on from the newest checkpoint of the run folder; false: refuse a folder that has one."""
+    keep: Positive | None = None
+    """Checkpoints that stay, the last so many; none: all. The one resumed from always stays."""
+    keep_every: Positive | None = None
+    """With keep: those of every n-th step stay as well."""
+    verify: Literal["fast", "full"] = "fast"
+    """What is checked before loading: 'fast' the manifest, all sizes and the hashes of all files
+    but the shards, 'full' the shards' hashes too."""
+    strict: bool = False
+    """Refuse to start where the newest checkpoint, or the pointer to it, is damaged; false: go on
+    from the newest one that is sound, with a warning and a record in metrics.jsonl."""
 
 
 class Engine(Section):

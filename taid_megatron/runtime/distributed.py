@@ -5,21 +5,25 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy
 import torch
 import torch.distributed as dist
 
 from taid_megatron.config.checks import EngineAbilities
+from taid_megatron.config.errors import UserError
 from taid_megatron.config.schema import Parallel
 from taid_megatron.runtime import cpu_engine, torch_adam
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+Result = TypeVar("Result")
 
 
 def abilities() -> EngineAbilities:
@@ -165,11 +169,34 @@ def _teacher_groups(
     return own
 
 
-def any_rank(flag: bool, world: World) -> bool:
-    """Whether the flag is set on any rank; the same answer on all of them."""
-    flags = torch.tensor(float(flag), device=world.device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())
+def any_of(flags: Sequence[bool], world: World) -> list[bool]:
+    """Whether each flag is set on any rank; the same answers on all of them, in one collective."""
+    raised = torch.tensor([float(flag) for flag in flags], device=world.device)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in raised.tolist()]
+
+
+def on_first_rank(function: Callable[[], Result]) -> Result:
+    """Call it on rank 0 and give every rank its result; to be called on every rank.
+
+    What it raises is raised on every rank: a UserError as it is, anything else as a RuntimeError
+    with its text on the others. None waits for one that has left.
+    """
+    outcome: list[Any] = [None, None]
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as raised:
+            error = raised
+            outcome[1] = (isinstance(raised, UserError), str(raised))
+    dist.broadcast_object_list(outcome, src=0)
+    if error is not None:
+        raise error
+    if outcome[1] is not None:
+        is_users, text = outcome[1]
+        raise UserError(text) if is_users else RuntimeError(f"rank 0 failed: {text}")
+    return outcome[0]
 
 
 def stop(world: World) -> None:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from taid_megatron.config.load import dump
 from taid_megatron.config.schema import Architecture, Config
 from taid_megatron.data.loader import DistributedBatches
 from taid_megatron.runtime import distributed
-from taid_megatron.runtime.distributed import any_rank
-from taid_megatron.runtime.log import say
+from taid_megatron.runtime.distributed import World, any_of, on_first_rank
+from taid_megatron.runtime.log import get_logger, say
 from taid_megatron.runtime.random_state import get_random_state, set_random_state
 from taid_megatron.training.evaluation import evaluate, gathered_weights
 from taid_megatron.training.metrics import MetricsWriter
@@ -35,15 +36,18 @@ from taid_megatron.training.setup import (
     Trainer,
     build_batches,
     build_trainer,
+    check_tokenizer,
     keep_tokenizer,
     teacher_architecture,
+    tokenizer_fingerprint,
 )
+from taid_megatron.training.stopping import STOPPED, RunLock, Signals, recorded
 
 _OR_ELSE = "set it back, or name another run.folder"
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss of a step is not a number: the step was not applied."""
+class NonFiniteError(RuntimeError):
+    """Loss or gradients were not finite for more steps in a row than training.max_skipped_steps."""
 
 
 def run(config: Config) -> int:
@@ -59,21 +63,52 @@ def run(config: Config) -> int:
         teacher_architecture=teacher_architecture(config),
         engine=abilities,
     )
-    world = distributed.start(config.parallel, config.run.seed)
+    check_tokenizer(config)
+    with Signals() as signals:
+        world = distributed.start(config.parallel, config.run.seed)
+        try:
+            with _sole_writer(config.run.folder, world) as (lock, told):
+                trainer = build_trainer(config, world, abilities)
+                trainer.lock = lock
+                code = _run(trainer, signals)
+                told |= {"exit_code": code, "step": trainer.step, "signal": signals.received}
+                return code
+        finally:
+            distributed.stop(world)
+
+
+def _run(trainer: Trainer, signals: Signals) -> int:
+    """Resume, train, and return the exit code."""
+    config = trainer.config
+    _resume(trainer)
+    if trainer.world.is_main:
+        (config.run.folder / "config.yaml").write_text(dump(config))
+        keep_tokenizer(config)
+    dist.barrier()
+    batches, validation = build_batches(trainer)
+    with batches, _metrics(trainer) as metrics:
+        if metrics is not None and trainer.faults:
+            faults = "; ".join(trainer.faults)
+            metrics.log({"step": trainer.step, "checkpoint_faults": faults})
+        return _train(trainer, batches, validation, metrics, signals)
+
+
+@contextmanager
+def _sole_writer(folder: Path, world: World) -> Iterator[tuple[RunLock | None, dict[str, Any]]]:
+    """The run folder taken and run_status.json kept by the main rank; all ranks are refused alike.
+
+    Gives the main rank's lock, and where to put what the status is to tell.
+    """
+    lock = RunLock(folder) if world.is_main else None
+    on_first_rank(lambda: lock.take() if lock else None)
+    if lock is None:
+        yield None, {}
+        return
     try:
-        trainer = build_trainer(config, world, abilities)
-        _resume(trainer)
-        if world.is_main:
-            config.run.folder.mkdir(parents=True, exist_ok=True)
-            (config.run.folder / "config.yaml").write_text(dump(config))
-            keep_tokenizer(config)
-        dist.barrier()
-        batches, validation = build_batches(trainer)
-        with batches, _metrics(trainer) as metrics:
-            _train(trainer, batches, validation, metrics)
-        return 0
+        with recorded(folder) as told:
+            yield lock, told
     finally:
-        distributed.stop(world)
+        lock.release()
 
 
 def _train(
@@ -81,7 +116,8 @@ def _train(
     batches: DistributedBatches,
     validation: Dataset | None,
     metrics: MetricsWriter | None,
-) -> None:
+    signals: Signals,
+) -> int:
     config = trainer.config
     started, minutes = time.monotonic(), config.training.max_minutes
     last_step = min(trainer.steps, config.training.stop_at or trainer.steps)
@@ -93,11 +129,11 @@ def _train(
             profiler.before(trainer.step + 1)
             record = _optimizer_step(trainer, batches)
             profiler.after(trainer.step)
-            out_of_time = minutes is not None and any_rank(
-                time.monotonic() - started > 60 * minutes, trainer.world
-            )
-            last = out_of_time or trainer.step == last_step
-            if validation is not None and (last or _due(config.evaluation.every, trainer)):
+            late = minutes is not None and time.monotonic() - started > 60 * minutes
+            stopped, out_of_time = any_of((signals.received is not None, late), trainer.world)
+            last = stopped or out_of_time or trainer.step == last_step
+            evaluated = (last and not stopped) or _due(config.evaluation.every, trainer)
+            if validation is not None and evaluated:
                 record |= {"step": trainer.step, **_held_out(trainer, validation)}
             if metrics is not None and record:
                 metrics.log(record)
@@ -105,9 +141,14 @@ def _train(
                 _save(trainer)
             if _due(config.training.gc_interval, trainer):
                 gc.collect()
+            if stopped and trainer.step < last_step:
+                name = signals.received or "signal on another rank"
+                say(f"{name}: stopped after step {trainer.step}, to be resumed")
+                return STOPPED
             if out_of_time:
                 say(f"training.max_minutes is over: stopping after step {trainer.step}")
                 break
+    return 0
 
 
 def _optimizer_step(trainer: Trainer, batches: DistributedBatches) -> dict[str, Any]:
@@ -135,15 +176,13 @@ def _optimizer_step(trainer: Trainer, batches: DistributedBatches) -> dict[str, 
     trainer.optimizer.zero_grad()
     batch_size = global_batch_size_at(config, trainer.consumed_samples)
     means = trainer.pipeline.run(batches.step(batch_size), objective)
-    if not math.isfinite(means["loss"]):
-        raise NonFiniteLossError(
-            f"step {trainer.step + 1}: the loss is {means['loss']}; the step was not applied "
-            f"(samples {trainer.consumed_samples} to {trainer.consumed_samples + batch_size - 1})"
-        )
     trainer.lr_schedule.step(1)
-    _, grad_norm, _ = trainer.optimizer.step()
     trainer.step += 1
     trainer.consumed_samples += batch_size
+    if fault := _not_finite(trainer, means):
+        return _skipped(trainer, batch_size, fault)
+    trainer.skipped_in_a_row = 0
+    _, grad_norm, _ = trainer.optimizer.step()
     if trainer.schedule is not None:
         trainer.schedule.update(means["objective"])
     if trainer.temperature is not None:
@@ -168,6 +207,54 @@ def _optimizer_step(trainer: Trainer, batches: DistributedBatches) -> dict[str, 
     }
 
 
+def _not_finite(trainer: Trainer, means: dict[str, float]) -> str | None:
+    """What of the step is not finite on any rank, the same answer on all; None where all is.
+
+    megatron-core looks for NaN with fp16's loss scaler only: in bf16 and fp32 its clipping would
+    write it into every weight. The gradients are read before they are clipped, whole buffers at
+    once; squares that overflow count as not finite, for the clipped gradient would be nothing.
+    """
+    driving = ("loss", "objective", "temperature_gradient")
+    loss = any(not math.isfinite(means.get(name, 0.0)) for name in driving)
+    buffers = [
+        buffer.grad_data
+        for stage in trainer.stages
+        for buffer in (*stage.buffers, *stage.expert_parallel_buffers)
+    ]
+    norms = torch.stack([torch.linalg.vector_norm(buffer) for buffer in buffers])
+    gradient = not torch.isfinite(norms).all()
+    loss_on_any, gradient_on_any = any_of((loss, bool(gradient)), trainer.world)
+    return "loss" if loss_on_any else "gradient" if gradient_on_any else None
+
+
+def _skipped(trainer: Trainer, batch_size: int, fault: str) -> dict[str, Any]:
+    """The record of a step that is not applied: weights, moments, t and temperature stay.
+
+    The data and the learning rate move on. Raises NonFiniteError after too many in a row.
+    """
+    trainer.skipped_in_a_row += 1
+    first, last = trainer.consumed_samples - batch_size, trainer.consumed_samples - 1
+    text = (
+        f"step {trainer.step}: the {fault} is not finite; the step was not applied on any rank "
+        f"(samples {first} to {last})"
+    )
+    get_logger().warning(text)
+    allowed = trainer.config.training.max_skipped_steps
+    if trainer.skipped_in_a_row > allowed:
+        raise NonFiniteError(
+            f"{text}; {trainer.skipped_in_a_row} in a row, training.max_skipped_steps is "
+            f"{allowed}: look at those samples and at the learning rate, then resume from the last "
+            "checkpoint"
+        )
+    return {
+        "step": trainer.step,
+        "skipped": fault,
+        "skipped_first_sample": first,
+        "skipped_last_sample": last,
+        "consumed_samples": trainer.consumed_samples,
+    }
+
+
 def _due(every: int | None, trainer: Trainer) -> bool:
     return every is not None and every > 0 and trainer.step % every == 0
 
@@ -177,7 +264,8 @@ def _held_out(trainer: Trainer, validation: Dataset) -> dict[str, float]:
 
 
 def _save(trainer: Trainer) -> None:
-    config = trainer.config
+    config, lock = trainer.config, trainer.lock
+    on_first_rank(lambda: lock.check() if lock else None)
     with gathered_weights(trainer.stages):
         path = store.save(
             config.run.folder / "checkpoints",
@@ -192,10 +280,16 @@ def _save(trainer: Trainer) -> None:
                 "ctkd": trainer.temperature.state_dict() if trainer.temperature else None,
                 "architecture": config.student.architecture.model_dump(mode="json"),
                 "seq_length": config.training.seq_length,
+                "tokenizer": tokenizer_fingerprint(config),
                 "layout": _layout(trainer),
                 "distributed_optimizer": config.parallel.distributed_optimizer,
                 "versions": {"taid_megatron": __version__, "torch": torch.__version__},
             },
+            retention=store.Retention(
+                keep=config.checkpoint.keep,
+                every=config.checkpoint.keep_every,
+                in_use=trainer.resumed_from,
+            ),
         )
     say(f"checkpoint: {path}")
 
@@ -207,17 +301,23 @@ def _layout(trainer: Trainer) -> dict[str, Any]:
 
 
 def _resume(trainer: Trainer) -> None:
-    """Go on from the newest checkpoint of the run folder, where there is one."""
+    """Go on from the newest sound checkpoint of the run folder, where there is one."""
     config = trainer.config
-    checkpoint = store.newest(config.run.folder / "checkpoints")
-    if checkpoint is None:
-        return
-    if not config.checkpoint.resume:
+    folder = config.run.folder / "checkpoints"
+    if not config.checkpoint.resume and (there := store.newest(folder)):
         # starting over beside it would leave two runs' checkpoints to be taken for one
         raise ConfigError(
-            f"checkpoint.resume is false and {checkpoint.path} is there: name another run.folder, "
+            f"checkpoint.resume is false and {there.path} is there: name another run.folder, "
             "or move this one away"
         )
+    checkpoint, trainer.faults = store.choose(
+        folder, verify=config.checkpoint.verify, strict=config.checkpoint.strict
+    )
+    if checkpoint is None:
+        return
+    for fault in trainer.faults:
+        get_logger().warning(f"passed over: {fault}")
+    trainer.resumed_from = checkpoint.path
     state = checkpoint.state()
     _refuse_other_model(config, state, checkpoint)
     same_layout = state["layout"] == _layout(trainer)
@@ -260,6 +360,12 @@ def _refuse_other_model(
                 f"loss.name is {config.loss.name}, {checkpoint.path} "
                 f"{'has a' if saved_one else 'has no'} {what}: {_OR_ELSE}"
             )
+    theirs, ours = state.get("tokenizer"), tokenizer_fingerprint(config)
+    if theirs is not None and ours is not None and theirs != ours:
+        raise ConfigError(
+            f"data.blend is of the tokenizer {ours}, {checkpoint.path} was trained on data of "
+            f"{theirs}: {_OR_ELSE}"
+        )
     if state["distributed_optimizer"] != config.parallel.distributed_optimizer:
         raise ConfigError(
             f"parallel.distributed_optimizer is {config.parallel.distributed_optimizer}, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +11,30 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.utils.data import Dataset
 
-from data_tools.manifest import read_manifest
+from data_tools.manifest import DataError, read_manifest
 from taid_megatron.checkpointing import store
 from taid_megatron.config.batches import data_parallel_size, train_samples, train_steps
 from taid_megatron.config.checks import EngineAbilities
-from taid_megatron.config.errors import ConfigError
+from taid_megatron.config.errors import ConfigError, UserError
 from taid_megatron.config.schema import Architecture, Blend, Config
 from taid_megatron.config.weights import source
 from taid_megatron.conversion import companions
 from taid_megatron.conversion.checkpoint import import_checkpoint
 from taid_megatron.conversion.hf_import import import_hf
 from taid_megatron.data.datasets import build_datasets
+from taid_megatron.data.inspection import inspect
 from taid_megatron.data.loader import DistributedBatches
 from taid_megatron.models.build import DTYPES, GPTStage, build_stages, transformer_config
 from taid_megatron.models.initialize import initialize
 from taid_megatron.models.pair import Pair
 from taid_megatron.models.teacher_p2p import TeacherCarryingCommunicator
 from taid_megatron.models.vocabulary import Vocabulary, align
-from taid_megatron.runtime.distributed import World
+from taid_megatron.runtime.distributed import World, on_first_rank
 from taid_megatron.schedules import CTKDTemperature, TAIDSchedule
 from taid_megatron.training.objectives import build_schedule, build_temperature
 from taid_megatron.training.optimizer import build_lr_schedule, build_optimizer, wire, wrap
 from taid_megatron.training.step import Pipeline
+from taid_megatron.training.stopping import RunLock
 
 
 @dataclass
@@ -54,6 +56,14 @@ class Trainer:
     """Optimizer steps done."""
     consumed_samples: int = 0
     """Sequences those steps have used, over all ranks."""
+    skipped_in_a_row: int = 0
+    """Steps just before this one that were not applied."""
+    resumed_from: Path | None = None
+    """The checkpoint that the run goes on from."""
+    lock: RunLock | None = None
+    """On the main rank: the run folder's, to be held when it writes."""
+    faults: list[str] = field(default_factory=list)
+    """What was wrong with newer checkpoints, at the resume."""
 
     @property
     def students(self) -> list[GPTStage]:
@@ -192,7 +202,7 @@ def _fill_from_teacher(
     assert teacher.checkpoint is not None
     checkpoint = store.find(teacher.checkpoint)
     if layers is None:
-        store.load_weights(checkpoint, stages)
+        store.load_weights(checkpoint, stages, verify=config.checkpoint.verify)
     else:
         import_checkpoint(checkpoint.path, stages, architecture, vocabulary, layers=layers)
 
@@ -265,6 +275,7 @@ def build_batches(
     """The training batches, at the trainer's position, and the held-out dataset."""
     config, world = trainer.config, trainer.world
     check_vocabulary(config, trainer.vocabulary)
+    on_first_rank(lambda: _inspect(config, trainer.vocabulary))
     train, validation = open_datasets(config, world.size)
     batches = DistributedBatches(
         train,  # type: ignore[arg-type]
@@ -319,6 +330,36 @@ def check_vocabulary(config: Config, vocabulary: Vocabulary) -> None:
                     f"{manifest.tokenizer.vocab_size} ids, the models share {vocabulary.shared}: "
                     "set vocab_size to the tokenizer's, or prepare the data with the models' own"
                 )
+
+
+def _inspect(config: Config, vocabulary: Vocabulary) -> None:
+    """Refuse damaged files and token ids that the models do not have; on one rank."""
+    data = config.data
+    for prefix in sorted({str(part.prefix) for part in (*data.blend, *(data.validation or ()))}):
+        try:
+            inspect(prefix, vocab_size=vocabulary.shared, full=data.verify == "full")
+        except DataError as error:
+            raise UserError(str(error)) from error
+
+
+def tokenizer_fingerprint(config: Config) -> str | None:
+    """Of the tokenizer that made the training data; None where no manifest says."""
+    manifests = (read_manifest(part.prefix) for part in config.data.blend)
+    return next((manifest.tokenizer.fingerprint for manifest in manifests if manifest), None)
+
+
+def check_tokenizer(config: Config) -> None:
+    """Refuse a teacher whose checkpoint names another tokenizer than the data's."""
+    if config.teacher is None or config.teacher.checkpoint is None:
+        return
+    teacher = store.find(config.teacher.checkpoint)
+    theirs, ours = teacher.state().get("tokenizer"), tokenizer_fingerprint(config)
+    if theirs is not None and ours is not None and theirs != ours:
+        raise ConfigError(
+            f"teacher.checkpoint: {teacher.path} was trained on data of the tokenizer {theirs}, "
+            f"data.blend is of {ours}, so ids mean different things; prepare the data with the "
+            "teacher's tokenizer"
+        )
 
 
 def eod_id(config: Config) -> int:

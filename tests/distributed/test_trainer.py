@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -154,22 +153,6 @@ def test_what_a_run_leaves_behind(config, tmp_path) -> None:
     assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
     state = json.loads((tmp_path / "checkpoints/step_00000005/state.json").read_text())
     assert state["consumed_samples"] == 40
-
-
-def _loss_becomes_nan(rank: int, size: int, config: str, folder: str) -> list[Any]:
-    with toy.trainer(config, f"run.folder={folder}") as trainer:
-        before = [parameter.clone() for parameter in trainer.pairs[0].parameters()]
-        (teacher,) = (pair.teacher for pair in trainer.pairs)
-        teacher.output_layer.weight.fill_(math.nan)
-        batches, _ = build_batches(trainer)
-        with batches, pytest.raises(loop.NonFiniteLossError, match="step 1: the loss is nan"):
-            loop._optimizer_step(trainer, batches)
-        after = trainer.pairs[0].parameters()
-        return [trainer.step, all(bool((a == b).all()) for a, b in zip(after, before, strict=True))]
-
-
-def test_a_loss_that_is_not_a_number_is_never_applied(config, tmp_path) -> None:
-    assert run_ranks(1, _loss_becomes_nan, str(config), str(tmp_path)) == [[0, True]]
 
 
 def _made_with_a_tokenizer_of(vocab_size: int, config: Path, folder: Path) -> str:

@@ -1,0 +1,167 @@
+"""Stopping on a signal, how a run ended, and one writer per run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from data_tools.manifest import DataError, write_atomically
+from taid_megatron.config.errors import UserError
+from taid_megatron.runtime.log import get_logger
+
+STOPPED = 75  # EX_TEMPFAIL: resume
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LOCK, STATUS = "run.lock", "run_status.json"
+_HEARTBEAT_SECONDS = 15.0
+_STALE_SECONDS = 120.0
+
+
+class Signals:
+    """While entered, a first SIGTERM or SIGUSR1 is noted and a second one ends the process.
+
+    The second acts as it would without this: at once, and the process dies of the signal.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python has no signals
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = signal.Signals(number).name
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def write_status(folder: Path, state: str, code: int | None, **more: Any) -> None:
+    """run_status.json: torchrun hides the ranks' exit codes. code: None while the run goes on."""
+    content = {"state": state, "exit_code": code, **more}
+    write_atomically(folder / STATUS, json.dumps(content, indent=1).encode() + b"\n")
+
+
+class RunLock:
+    """RUN/run.lock: who writes in a run folder. One per folder, on one rank; see `hold`.
+
+    It names process and host and is touched every 15 seconds. A lock is stale where its process is
+    gone from this host, or, of another host, where it has not been touched for two minutes.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = folder / LOCK
+        self._token = secrets.token_hex(8)
+        self._over = threading.Event()
+
+    def take(self) -> None:
+        """Take the lock. Raises UserError where another live run has it."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        new = self._path.with_name(f"{LOCK}.{self._token}")
+        here = psutil.Process()
+        owner = {"host": socket.gethostname(), "pid": here.pid, "started": here.create_time()}
+        new.write_text(json.dumps({**owner, "token": self._token}))
+        try:
+            try:
+                os.link(new, self._path)
+            except FileExistsError:
+                self._refuse_live(new)
+                os.replace(new, self._path)
+        finally:
+            new.unlink(missing_ok=True)
+        threading.Thread(target=self._beat, name="run lock", daemon=True).start()
+
+    def check(self) -> None:
+        """Raise UserError where another run has taken the folder since (this one was held up)."""
+        if self._owner().get("token") != self._token:
+            raise UserError(
+                f"{self._path}: the run folder now belongs to another run; this one writes nothing "
+                "more"
+            )
+
+    def release(self) -> None:
+        """Give the folder free. Leaves another run's lock alone."""
+        self._over.set()
+        if self._owner().get("token") == self._token:
+            self._path.unlink(missing_ok=True)
+
+    def _refuse_live(self, new: Path) -> None:
+        owner = self._owner()
+        host, pid = owner.get("host"), owner.get("pid")
+        who = f"process {pid} on {host}" if pid else "something that cannot be read"
+        # ages by the file system's clock, which both hosts share
+        age = new.stat().st_mtime - self._touched()
+        if host == socket.gethostname():
+            live = _runs(pid, owner.get("started"))
+        else:
+            live = age < _STALE_SECONDS
+        if live:
+            raise UserError(
+                f"{self._path}: {who} writes in this run folder (last sign of "
+                f"life {max(age, 0):.0f} s ago); stop it, or name another run.folder"
+            )
+        get_logger().warning(f"{self._path}: taken over from {who}, which is gone")
+
+    def _touched(self) -> float:
+        try:
+            return self._path.stat().st_mtime
+        except OSError:
+            return 0.0
+
+    def _owner(self) -> dict[str, Any]:
+        try:
+            owner = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+    def _beat(self) -> None:
+        while not self._over.wait(_HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+
+
+def _runs(pid: Any, started: Any) -> bool:
+    """Whether that process runs; another one that got its number later does not count."""
+    try:
+        return abs(psutil.Process(pid).create_time() - started) < 2.0
+    except (psutil.Error, TypeError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def recorded(folder: Path) -> Iterator[dict[str, Any]]:
+    """Keep run_status.json true from here to the end; for the one rank that writes.
+
+    The body puts `exit_code`, and what else is worth telling, into what it is given. An exception
+    is recorded with the code that it leads to.
+    """
+    started = time.time()
+    write_status(folder, "running", None, started=started)
+    told: dict[str, Any] = {"exit_code": 0}
+    try:
+        yield told
+    except BaseException as error:
+        code = 2 if isinstance(error, (UserError, DataError)) else 1
+        text = " ".join(str(error).split()) or type(error).__name__
+        write_status(folder, "failed", code, started=started, ended=time.time(), error=text)
+        raise
+    code = told.pop("exit_code")
+    state = "stopped" if code == STOPPED else "done"
+    write_status(folder, state, code, started=started, ended=time.time(), **told)

@@ -1,0 +1,228 @@
+"""A damaged checkpoint is found, named and passed over; a published one is never touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taid_megatron.checkpointing import folder as folders
+from taid_megatron.checkpointing import manifest, store
+from taid_megatron.config.errors import UserError
+from taid_megatron.runtime.random_state import get_random_state
+
+from ..distributed import toy
+from ..distributed.ranks import run_ranks
+
+STEPS = ("training.steps=6", "checkpoint.every=2")
+
+
+def flip(path: Path, seed: int) -> None:
+    content = bytearray(path.read_bytes())
+    place = random.Random(seed).randrange(len(content))
+    content[place] ^= 1 << (seed % 8)
+    path.write_bytes(content)
+
+
+def cut(path: Path, seed: int) -> None:
+    os.truncate(path, random.Random(seed).randrange(1, path.stat().st_size))
+
+
+def empty(path: Path, seed: int) -> None:
+    path.write_bytes(b"")
+
+
+def remove(path: Path, seed: int) -> None:
+    path.unlink()
+
+
+DAMAGES = [flip, cut, empty, remove]
+
+
+def hashes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damage_of_any_file_is_found_and_named(straight, tmp_path, damage) -> None:
+    sound = straight / "checkpoints" / "step_00000006"
+    assert manifest.problem(sound, full=True) is None
+    names = sorted(path.name for path in sound.iterdir())
+    assert {".metadata", "common.pt", "manifest.json", "state.json"} < set(names)
+    assert sum(name.endswith(".distcp") for name in names) >= 1
+    for number, name in enumerate(names):
+        for repetition in range(5 if damage in (flip, cut) else 1):
+            copy = tmp_path / f"{name}{repetition}" / sound.name
+            shutil.copytree(sound, copy)
+            damage(copy / name, 100 * number + repetition)
+            fault = manifest.problem(copy, full=True)
+            assert fault is not None, (name, repetition)
+            assert str(copy / name) in fault
+            if damage is not flip or not name.endswith(".distcp"):
+                assert manifest.problem(copy, full=False) == fault  # no hash of a shard needed
+            shutil.rmtree(copy)
+
+
+def test_a_file_too_many_is_found(straight, tmp_path) -> None:
+    copy = shutil.copytree(straight / "checkpoints" / "step_00000006", tmp_path / "step_00000006")
+    (copy / "__9_0.distcp").write_bytes(b"of another save")
+    assert "__9_0.distcp: not in the manifest" in str(manifest.problem(copy, full=False))
+
+
+def _chosen(rank: int, size: int, cases: list[tuple[str, str, bool]]) -> list[Any]:
+    found: list[Any] = []
+    for folder, verify, strict in cases:
+        try:
+            checkpoint, faults = store.choose(Path(folder), verify=verify, strict=strict)
+            found.append((checkpoint.path.name if checkpoint else None, faults))
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_the_newest_sound_one_is_chosen_alike_on_all_ranks(straight, tmp_path, capfd) -> None:
+    def copy(name: str, *damages: tuple[Callable, str]) -> str:
+        folder = shutil.copytree(straight / "checkpoints", tmp_path / name)
+        for damage, path in damages:
+            damage(folder / path, 1)
+        return str(folder)
+
+    shard = next((straight / "checkpoints/step_00000006").glob("*.distcp")).name
+    flipped = copy("flipped", (flip, f"step_00000006/{shard}"))
+    short = copy("short", (cut, f"step_00000006/{shard}"), (empty, "step_00000004/state.json"))
+    pointers = [copy(f"p{damage.__name__}", (damage, "latest")) for damage in (flip, cut, empty)]
+    no_pointer = copy("no_pointer", (remove, "latest"))
+    dead = copy("dead", *[(remove, f"step_0000000{n}/manifest.json") for n in (2, 4, 6)])
+    cases = [
+        (copy("sound"), "full", True),
+        (str(tmp_path / "nowhere"), "full", True),
+        (flipped, "full", False),
+        (flipped, "full", True),
+        (short, "fast", False),
+        (dead, "fast", False),
+        (no_pointer, "fast", True),
+        *[(pointer, "fast", False) for pointer in pointers],
+        *[(pointer, "fast", True) for pointer in pointers],
+    ]
+    first, second = run_ranks(2, _chosen, cases)
+    assert first == second
+    assert first[0] == ("step_00000006", [])
+    assert first[1] == (None, [])
+    name, (fault,) = first[2]
+    assert name == "step_00000004"
+    assert shard in fault
+    assert "another hash" in fault
+    assert shard in first[3]
+    assert "checkpoint.strict=false" in first[3]
+    assert first[4][0] == "step_00000002"
+    assert "state.json" in first[4][1][1]
+    assert "none of the 3 checkpoints" in first[5]
+    assert first[6] == ("step_00000006", [])
+    assert f"{no_pointer}/latest: missing" in capfd.readouterr().err
+    for (name, faults), refusal in zip(first[7:10], first[10:], strict=True):
+        assert name == "step_00000006"
+        assert "latest" in faults[0]
+        assert "latest" in refusal
+
+
+def test_a_run_falls_back_loudly_and_saves_beside_the_damaged_one(
+    config, straight, tmp_path, capfd
+) -> None:
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    damaged = tmp_path / "checkpoints" / "step_00000006"
+    cut(damaged / ".metadata", 0)
+    (tmp_path / "checkpoints/.unfinished_step_00000008").mkdir()
+    before = hashes(damaged)
+
+    records = toy.train(config, tmp_path, 1, *STEPS, "checkpoint.keep=2", save=True)
+    assert ".metadata" in capfd.readouterr().err
+    (noted,) = toy.column(records, "checkpoint_faults")
+    assert ".metadata" in noted
+    assert hashes(damaged) == before
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    # 2 is gone by checkpoint.keep; 4, just as old, is the one resumed from
+    assert left == {"step_00000006_2", "step_00000006", "step_00000004", "latest"}
+    again = json.loads((tmp_path / "checkpoints" / "latest").read_text())
+    assert again["checkpoint"] == "step_00000006_2"
+    # the same steps as in the undisturbed run
+    untouched = [json.loads(line) for line in (straight / "metrics.jsonl").open()]
+    assert toy.column(records, "loss") == toy.column(untouched, "loss")
+
+
+def test_strict_refuses_to_go_back(config, straight, tmp_path) -> None:
+    shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
+    empty(tmp_path / "checkpoints/step_00000006/common.pt", 0)
+    with pytest.raises(UserError, match=r"common\.pt: 0 bytes instead of"):
+        toy.train(config, tmp_path, 1, *STEPS, "checkpoint.strict=true", save=True)
+
+
+def _made(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+
+
+def test_retention_keeps_the_last_every_nth_the_resumed_and_what_lies_ahead(tmp_path) -> None:
+    steps = [f"step_{step:08d}" for step in (10, 20, 30, 40, 50, 60, 90)]
+    _made(tmp_path, *steps, "step_00000060_2")
+    gone = folders.remove_old(
+        *(tmp_path, tmp_path / "step_00000060_2"),
+        **{"keep": 2, "keep_every": 20, "in_use": tmp_path / "step_00000030"},
+    )
+    assert sorted(path.name for path in gone) == ["step_00000010", "step_00000050"]
+    assert not list(tmp_path.glob(".*"))
+    assert not gone[0].exists()
+    assert folders.newest(tmp_path) == folders.Checkpoint(tmp_path / "step_00000090", 90)
+
+
+def test_keep_every_alone_is_refused(config, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"keep_every=2 without checkpoint\.keep"):
+        toy.train(config, tmp_path, 1, "checkpoint.keep_every=2")
+
+
+def _save(trainer: Any, folder: Path, step: int) -> Path:
+    return store.save(
+        *(folder, step),
+        stages=trainer.students,
+        optimizer=trainer.optimizer,
+        random_state=get_random_state(),
+        state={},
+    )
+
+
+def _full_disk(rank: int, size: int, config: str, folder: str) -> list[str]:
+    told = []
+    path = Path(folder)
+    with toy.trainer(config, "parallel.tensor=2") as trainer:
+        first = _save(trainer, path, 1)
+        before = hashes(first)
+        usage = shutil.disk_usage(path)._replace(free=1000)
+        real, shutil.disk_usage = shutil.disk_usage, lambda path: usage
+        with pytest.raises(UserError, match=r"1,000 bytes are free and step 2 needs"):
+            _save(trainer, path, 2)
+        shutil.disk_usage = real
+        told.append(sorted(file.name for file in path.iterdir()))
+        # no file may grow beyond this: the shards' writers fail as on a full disk
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+        with pytest.raises(UserError, match=r"the disk is full, step 3 was not saved"):
+            _save(trainer, path, 3)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        told.append(sorted(file.name for file in path.iterdir()))
+        assert hashes(first) == before
+        _save(trainer, path, 4)
+        _save(trainer, path, 4)
+        told.append(sorted(file.name for file in path.iterdir()))
+    return told
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(config, tmp_path) -> None:
+    told, _ = run_ranks(2, _full_disk, str(config), str(tmp_path))
+    assert told[:2] == [["latest", "step_00000001"]] * 2
+    assert told[2] == ["latest", "step_00000001", "step_00000004", "step_00000004_2"]

@@ -1,0 +1,177 @@
+"""kill -9 at each window of a save and at random moments: nothing published is ever lost or mixed.
+
+The long form runs by hand: bash tests/soak.sh [seconds] [seed].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from taid_megatron.checkpointing import folder as folders
+from taid_megatron.checkpointing import manifest, store
+from taid_megatron.config.load import load
+from taid_megatron.training import loop
+
+from ..distributed import toy
+from ..distributed.ranks import RankFailure, run_ranks
+
+LENGTH = ("training.steps=6", "checkpoint.every=2", "checkpoint.keep=2")
+
+# Where a save can be hit: the function that is entered when the process dies.
+WINDOWS: dict[str, tuple[Any, str]] = {
+    "before the shards": (store.dist_checkpointing, "save"),
+    "between shards and hashes": (manifest, "record"),
+    "before the manifest": (manifest, "write"),
+    "before the rename": (folders, "publish"),
+    "before the pointer": (folders, "write_atomically"),
+    "before the old one goes": (folders, "remove_old"),
+}
+
+
+def _die(*args: Any, **kwargs: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_in(window: str, on_call: int) -> None:
+    module, name = WINDOWS[window]
+    function, calls = getattr(module, name), []
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return (_die if len(calls) == on_call else function)(*args, **kwargs)
+
+    setattr(module, name, deadly)
+
+
+def _run(
+    rank: int, size: int, config: str, overrides: list[str], kill: Callable | None, victim: int
+) -> int:
+    if kill is not None and rank == victim:
+        kill()
+    return loop.run(load(config, overrides))
+
+
+def _survivors() -> list[psutil.Process]:
+    """Processes forked from this one that are not its children any more."""
+    me = psutil.Process()
+    mine = {child.pid for child in me.children(recursive=True)} | {me.pid}
+    command, found = me.cmdline(), []
+    for process in psutil.process_iter(["cmdline", "pid", "create_time", "status"]):
+        info = process.info
+        if info["cmdline"] == command and info["pid"] not in mine:
+            if info["create_time"] > me.create_time() and info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _published(run: Path) -> dict[str, dict[str, bytes]]:
+    """Every published checkpoint with its bytes; all of them sound."""
+    found = {}
+    for checkpoint in folders.published(run / "checkpoints"):
+        assert manifest.problem(checkpoint.path, full=True) is None
+        assert checkpoint.state()["step"] == checkpoint.step
+        found[checkpoint.path.name] = {
+            path.name: path.read_bytes() for path in checkpoint.path.iterdir()
+        }
+    return found
+
+
+def _strike(config: Path, run: Path, ranks: int, kill: Callable, victim: int) -> bool:
+    """One run that is to be killed. Whether it was; checks what it left."""
+    before = _published(run)
+    overrides = [f"run.folder={run}", *LENGTH]
+    if ranks > 1:
+        overrides.append(f"parallel.tensor={ranks}")
+    ended: Exception | None = None
+    try:
+        run_ranks(ranks, _run, str(config), overrides, kill, victim)
+    except Exception as error:
+        ended = error
+    # where a rank is left, it is the one to say that its peer is gone
+    gone = any(word in str(ended).lower() for word in ("closed", "reset", "broken pipe"))
+    assert ended is None or gone or isinstance(ended, RankFailure), ended
+    deadline = time.monotonic() + 20
+    while (left := _survivors()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+    after = _published(run)
+    for name in before.keys() & after.keys():
+        assert after[name] == before[name], f"{name} was written again"
+    newest = store.newest(run / "checkpoints")
+    if before:
+        assert newest is not None
+        assert newest.path.name >= max(before)
+    return ended is not None
+
+
+def _finish(config: Path, run: Path, straight: Path) -> None:
+    """What is left goes on to the end, and is the run that was never killed."""
+    assert run_ranks(1, _run, str(config), [f"run.folder={run}", *LENGTH], None, 0) == [0]
+    assert store.newest(run / "checkpoints").step == 6
+    assert not [path for path in (run / "checkpoints").glob(".*")]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    expected = [json.loads(line) for line in (straight / "metrics.jsonl").open()]
+    for figure in ("step", "loss", "t", "consumed_samples"):
+        assert toy.column(records, figure) == toy.column(expected, figure), figure
+
+
+def test_killed_at_every_window_of_a_save(config, straight, tmp_path) -> None:
+    """One after the other in one run folder: windows after the rename leave one save less."""
+    for window in WINDOWS:
+        killed = _strike(config, tmp_path, 1, partial(_kill_in, window, 1), 0)
+        assert killed, window
+    _finish(config, tmp_path, straight)
+
+
+def _later(seconds: float) -> None:
+    timer = threading.Timer(seconds, _die)
+    timer.daemon = True
+    timer.start()
+
+
+@pytest.mark.slow
+def test_soak(config, straight, tmp_path) -> None:
+    """Seeded kills for SOAK_SECONDS, on one and two ranks, in a save's windows and anywhere."""
+    rng = random.Random(int(os.environ.get("SOAK_SEED", "0")))
+    end = time.monotonic() + float(os.environ.get("SOAK_SECONDS", "3600"))
+    kills: dict[str, int] = {}
+    runs = 0
+    while time.monotonic() < end:
+        run, runs = tmp_path / str(runs), runs + 1
+        for _ in range(rng.randrange(1, 5)):
+            ranks = 1 if rng.random() < 0.7 else 2
+            window = rng.choice([*WINDOWS, "anywhere", "anywhere", "anywhere"])
+            if window == "anywhere":
+                seconds = rng.uniform(0.2, 4.0)
+                killed = _strike(
+                    *(config, run, ranks, partial(_later, seconds), rng.randrange(ranks))
+                )
+            else:
+                call = rng.randrange(1, 3)
+                killed = _strike(config, run, ranks, partial(_kill_in, window, call), 0)
+            kills[window] = kills.get(window, 0) + killed
+        _finish_any(config, run)
+        shutil.rmtree(run)
+    print(f"\n{sum(kills.values())} kills in {runs} runs, all resumed to the end: {kills}")
+    assert sum(kills.values()) > 0
+
+
+def _finish_any(config: Path, run: Path) -> None:
+    """To the end from whatever is left; layouts may have changed, so no bits are compared."""
+    assert run_ranks(1, _run, str(config), [f"run.folder={run}", *LENGTH], None, 0) == [0]
+    assert store.newest(run / "checkpoints").step == 6
+    records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert toy.column(records, "consumed_samples") == [8, 16, 24, 32, 40, 48]
