@@ -221,9 +221,9 @@ def _not_finite(trainer: Trainer, means: dict[str, float]) -> str | None:
         for stage in trainer.stages
         for buffer in (*stage.buffers, *stage.expert_parallel_buffers)
     ]
-    norms = torch.stack([torch.linalg.vector_norm(buffer) for buffer in buffers])
-    gradient = not torch.isfinite(norms).all()
-    loss_on_any, gradient_on_any = any_of((loss, bool(gradient)), trainer.world)
+    norms = [torch.linalg.vector_norm(buffer) for buffer in buffers]  # none without a layer
+    gradient = bool(norms) and not bool(torch.isfinite(torch.stack(norms)).all())
+    loss_on_any, gradient_on_any = any_of((loss, gradient), trainer.world)
     return "loss" if loss_on_any else "gradient" if gradient_on_any else None
 
 

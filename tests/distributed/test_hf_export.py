@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from taid_megatron.checkpointing import store
+from taid_megatron.checkpointing import manifest, store
 from taid_megatron.cli import main
 from taid_megatron.config.hf import read
 from taid_megatron.config.schema import Parallel
@@ -197,8 +197,10 @@ def test_a_tokenizer_that_does_not_fit_is_refused(checkpoints, tmp_path, capsys)
 def test_a_checkpoint_that_names_code_is_not_read(checkpoints, tmp_path, capsys) -> None:
     copy = tmp_path / "checkpoint"
     shutil.copytree(checkpoints / "llama", copy)
-    metadata = copy / "step_00000000" / ".metadata"
-    metadata.write_bytes(pickle.dumps(PosixPath("x")))
+    step = copy / "step_00000000"
+    (step / ".metadata").write_bytes(pickle.dumps(PosixPath("x")))
+    (step / manifest.MANIFEST).unlink()
+    manifest.write(step, manifest.record(step.iterdir()))  # hashes that fit, as an attacker's would
     assert main(["export", str(copy), "--out", str(tmp_path / "out")]) == 2
     assert "it names pathlib.PosixPath, which is no metadata" in capsys.readouterr().err
 

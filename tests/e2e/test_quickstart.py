@@ -66,8 +66,10 @@ def test_leaves_what_it_promises(quickstart) -> None:
     for found in summary["students"].values():
         assert found["kl"]["deviation"] is None  # one seed has no spread
         assert 0 < found["kl"]["mean"] < 8
-        assert 0 <= found["tail_mass"]["mean"] < found["head_mass"]["mean"] <= 1
+        # students of four steps are nearly flat: the tail is a fifth of the vocabulary
+        assert 0 < found["head_mass"]["mean"] < found["tail_mass"]["mean"] < 0.25
         assert 0 <= found["top1_agreement"]["mean"] <= 1
+    assert 0 < summary["teacher"]["tail_mass"] < 0.2
     lines = output.rstrip().splitlines()
     assert lines[-1] == f"Report: {(folder / 'report.html').resolve()}"
     assert lines[-2] == f"Summary: {folder / 'summary.json'}"

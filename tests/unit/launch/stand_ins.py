@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -135,8 +136,11 @@ class StandIns:
             ("apptainer", APPTAINER),
             ("python", PYTHON),
         ):
-            path = self.bin / name
-            path.write_text(f"#!{sys.executable} -SE\n{text}")
+            script, path = folder / f"{name}.py", self.bin / name
+            script.write_text(text)
+            # not as its first line: that takes no path with a space
+            line = shlex.join([sys.executable, "-SE", str(script)])
+            path.write_text(f'#!/bin/sh\nexec {line} "$@"\n')
             path.chmod(0o755)
 
     def environment(self, **more: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ import yaml
 
 from data_tools.indexed_writer import IndexedWriter
 from taid_megatron import cli
+from taid_megatron.checkpointing import manifest
 from taid_megatron.config.load import load
 from taid_megatron.planning import doctor
 from taid_megatron.planning.network import Network
@@ -85,6 +86,7 @@ def test_a_checkpoint_that_is_there_is_named(run, tmp_path) -> None:
     step = tmp_path / "teacher" / "checkpoints" / "step_00000007"
     step.mkdir(parents=True)
     (step / "state.json").write_text(json.dumps({"architecture": {"vocab_size": 50}}))
+    manifest.write(step, manifest.record(step.iterdir()))
     run["teacher"] = {"checkpoint": str(tmp_path / "teacher")}
     teacher = examined(run, tmp_path)["teacher"]
     assert teacher.state == "ok"
