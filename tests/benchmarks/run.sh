@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Benchmarks: ratios side by side in one run, as tables and as JSON in runs/benchmarks.
 #
-#   bash tests/benchmarks/run.sh [loss|attention|pair|data|loss_gpu ...]
+#   bash tests/benchmarks/run.sh [loss|attention|pair|collectives|data|loss_gpu ...]
 #
 # None named: all but loss_gpu, which needs a CUDA device.
 set -euo pipefail
@@ -12,14 +12,10 @@ bash launch/setup.sh --test
 python="$root/.venv/bin/python"
 mkdir -p runs/benchmarks
 
-for name in "${@:-loss attention pair data}"; do
+for name in "${@:-loss attention pair collectives data}"; do
     for benchmark in $name; do
         if [ ! -f "tests/benchmarks/$benchmark.py" ]; then
-            echo "run.sh: no benchmark '$benchmark'; there are: loss attention pair data loss_gpu" >&2
-            exit 2
-        fi
-        if [ "$benchmark" = pair ] && ! "$python" -c 'import transformers' 2>/dev/null; then
-            echo "run.sh: pair compares with transformers; .venv/bin/pip install -e '.[benchmark]'" >&2
+            echo "run.sh: no benchmark '$benchmark'; there are: loss attention pair collectives data loss_gpu" >&2
             exit 2
         fi
         echo "== $benchmark"
