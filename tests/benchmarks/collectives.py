@@ -25,9 +25,7 @@ from taid_megatron.losses.registry import COLLECTIVES
 
 def on_rank(rank: int, args: argparse.Namespace, store: str, results: object) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks)
     generator = torch.Generator().manual_seed(rank)
     size = (args.tokens, args.vocabulary // args.ranks)
     student, teacher = (3 * torch.randn(size, generator=generator) for _ in range(2))
