@@ -40,21 +40,31 @@ _ALLOWED = {
 _MEND = "nothing of it was run; load only checkpoints that this system saved"
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class UnlistedNameError(pickle.UnpicklingError):
+    """A pickle asks for something that the format does not consist of: `name`, module included."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"it asks for {name}")
+        self.name = name
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Gives out what a checkpoint's metadata consists of. Raises UnlistedNameError."""
+
     def find_class(self, module: str, name: str) -> Any:
         """The class, where it is one of the format's own."""
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
             return value
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise UnlistedNameError(f"{module}.{name}")
 
 
 def read_metadata(path: Path) -> Metadata:
     """A checkpoint's `.metadata`. Raises UserError where it holds, or points to, anything else."""
     try:
         with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+            metadata = MetadataUnpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"a {type(metadata).__name__} is no metadata")
         for entry in (metadata.storage_data or {}).values():

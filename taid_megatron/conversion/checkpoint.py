@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from taid_megatron.checkpointing.unpickle import MetadataUnpickler, UnlistedNameError
 from taid_megatron.config.errors import UserError
 from taid_megatron.config.schema import Architecture
 from taid_megatron.conversion.families import local_name, megatron_table
@@ -156,40 +157,12 @@ class _Reader(FileSystemReader):
         path = Path(self.path) / ".metadata"
         try:
             with path.open("rb") as file:
-                metadata = _MetadataUnpickler(file).load()
+                metadata = MetadataUnpickler(file).load()
+        except UnlistedNameError as error:
+            why = f"it names {error.name}, which is no metadata"
+            raise UserError(f"{path}: not read ({why}); take another checkpoint") from None
         except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
             raise UserError(f"{path}: not read ({error}); take another checkpoint") from None
         if not isinstance(metadata, Metadata):
             raise UserError(f"{path}: holds no metadata; take another checkpoint")
         return metadata
-
-
-_ALLOWED = {
-    "torch": {"Size"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-    "torch.serialization": {"_get_layout"},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no metadata")
-        return super().find_class(module, name)
