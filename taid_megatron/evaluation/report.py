@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from taid_megatron.reporting.files import write_whole
 
 Row = tuple[str, str, str]
 
@@ -52,20 +53,14 @@ def show(results: dict[str, Any]) -> None:
 def write(results: dict[str, Any], folder: Path) -> None:
     """evaluation.json and evaluation.md, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "evaluation.json", json.dumps(results, indent=1) + "\n")
+    write_whole(folder / "evaluation.json", json.dumps(results, indent=1) + "\n")
     lines = [f"# {results['model']}", "", "| | model | teacher |", "| --- | ---: | ---: |"]
     lines += [
         f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
         for row in rows(results)
     ]
-    _replace(folder / "evaluation.md", "\n".join([*lines, ""]))
+    write_whole(folder / "evaluation.md", "\n".join([*lines, ""]))
 
 
 def _cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

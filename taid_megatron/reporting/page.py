@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+
+from taid_megatron.reporting.files import write_whole
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto;
@@ -97,6 +98,4 @@ def write(path: Path, title: str, sections: Sequence[Section]) -> None:
         f"<body><h1>{escape(title)}</h1>{body}</body></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, page)
