@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taid_megatron.losses import reference
+from taid_megatron.losses import distillation_loss, reference
 
 
 @dataclass(frozen=True)
@@ -99,3 +99,25 @@ def assert_accurate(
     """Within 2e-6 + 1e-6 |loss| and 1e-6 in the gradient, upstream gradients in [-1, 1]."""
     torch.testing.assert_close(loss.double(), expected_loss, atol=2e-6 * case.error, rtol=1e-6)
     torch.testing.assert_close(grad.double(), expected_grad, atol=1e-6 * case.error, rtol=0)
+
+
+def assert_as_torchs_operations(
+    case: Case, kernel: str, student: Tensor, teacher: Tensor, labels: Tensor, upstream: Tensor
+) -> None:
+    """A kernel beside torch's operations, tokens that do not lie one after the other. [a, b, V]."""
+    results = []
+    for each in ("torch", kernel):
+        leaf = student.clone().requires_grad_()
+        view = leaf.transpose(0, 1).contiguous().transpose(0, 1)
+        loss = distillation_loss(
+            *(case.name, view, teacher),
+            labels=labels,
+            ce_weight=0.25,
+            kernel=each,
+            **case.options,
+        )
+        loss.backward(upstream)
+        results.append((loss.detach(), leaf.grad))
+    (loss, grad), (kernel_loss, kernel_grad) = results
+    torch.testing.assert_close(kernel_loss, loss, atol=8e-6, rtol=2e-6)
+    torch.testing.assert_close(kernel_grad, grad, atol=1e-6 * case.error, rtol=0)

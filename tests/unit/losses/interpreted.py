@@ -18,7 +18,12 @@ from taid_megatron.losses import (
 )
 from taid_megatron.losses.forms import Interpolated
 from taid_megatron.losses.shards import Request
-from tests.unit.losses.divergences import CASES, assert_accurate, exact
+from tests.unit.losses.divergences import (
+    CASES,
+    assert_accurate,
+    assert_as_torchs_operations,
+    exact,
+)
 from tests.unit.losses.test_divergences import make, run
 
 WITHOUT = ("adaptive_kl", "dkd", "ctkd")
@@ -59,22 +64,7 @@ def test_several_blocks_any_token_stride_labels_at_the_borders(case):
     student, teacher = wide[..., 1 : WIDTH + 1].transpose(1, 2)
     labels = torch.tensor([[0, -100], [1023, 1024], [WIDTH - 1, 1232]])
     upstream = torch.rand(3, 2, generator=generator)
-    results = []
-    for kernel in ("torch", "triton"):
-        leaf = student.clone().requires_grad_()
-        view = leaf.transpose(0, 1).contiguous().transpose(0, 1)
-        loss = distillation_loss(
-            *(case.name, view, teacher),
-            labels=labels,
-            ce_weight=0.25,
-            kernel=kernel,
-            **case.options,
-        )
-        loss.backward(upstream)
-        results.append((loss.detach(), leaf.grad))
-    (loss, grad), (triton_loss, triton_grad) = results
-    torch.testing.assert_close(triton_loss, loss, atol=8e-6, rtol=2e-6)
-    torch.testing.assert_close(triton_grad, grad, atol=1e-6 * case.error, rtol=0)
+    assert_as_torchs_operations(case, "triton", student, teacher, labels, upstream)
 
 
 @every_case

@@ -10,7 +10,7 @@ import torch
 from taid_megatron.losses import distillation_loss, kernels, native
 from taid_megatron.losses.forms import Decoupled, Interpolated, Reverse
 from taid_megatron.losses.mixtures import Mixture
-from tests.unit.losses.divergences import CASES
+from tests.unit.losses.divergences import CASES, assert_as_torchs_operations
 
 COVERED = ("taid", "forward_kl", "reverse_kl", "tvd", "gjs", "skew_kl", "skew_reverse_kl")
 COVERED += ("cross_entropy",)
@@ -60,24 +60,9 @@ def test_rows_of_many_blocks_any_token_stride_and_threads(name, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        results = []
-        for kernel in ("torch", "native"):
-            leaf = student.clone().requires_grad_()
-            view = leaf.transpose(0, 1).contiguous().transpose(0, 1)
-            loss = distillation_loss(
-                *(name, view, teacher),
-                labels=labels,
-                ce_weight=0.25,
-                kernel=kernel,
-                **case.options,
-            )
-            loss.backward(upstream)
-            results.append((loss.detach(), leaf.grad))
+        assert_as_torchs_operations(case, "native", student, teacher, labels, upstream)
     finally:
         torch.set_num_threads(before)
-    (loss, grad), (native_loss, native_grad) = results
-    torch.testing.assert_close(native_loss, loss, atol=8e-6, rtol=2e-6)
-    torch.testing.assert_close(native_grad, grad, atol=1e-6 * case.error, rtol=0)
 
 
 @needs_compiler
