@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from taid_megatron.reporting.files import write_whole
+
 NUM_TEXTS = 20
 CHARACTERS = 2000
 PROMPT = "def read_file(path):\n"
@@ -62,4 +64,4 @@ def _logit_difference(checkpoint: Path, exported: Any, reference: Any, samples: 
 
 if __name__ == "__main__":
     *inputs, out = map(Path, sys.argv[1:])
-    out.write_text(json.dumps(check(*inputs), indent=1) + "\n")
+    write_whole(out, json.dumps(check(*inputs), indent=1) + "\n")

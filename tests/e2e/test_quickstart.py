@@ -40,17 +40,29 @@ def _quickstart(folder: Path) -> str:
     return output
 
 
+# What is there once a stage works that the interruption is to meet.
+STAGES = (
+    "corpus",
+    "tokenizer.model",
+    "teacher/metrics.jsonl",
+    "student-forward-kl/metrics.jsonl",
+    "student-cross-entropy/evaluation",
+    "exported",
+)
+
+
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Interrupted from the keyboard while the teacher trains, then called again."""
+    """Interrupted from the keyboard in one stage after the other, each call going on from there."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
-    process = _start(folder)
-    metrics = folder / "teacher" / "metrics.jsonl"
-    while process.poll() is None and not metrics.is_file():
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0, output
+    for stage in STAGES:
+        process = _start(folder)
+        while process.poll() is None and not (folder / stage).exists():
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode != 0, output
+        assert not (folder / "summary.json").exists()
     return folder, _quickstart(folder)
 
 
