@@ -35,7 +35,7 @@ class Sizes:
     seeds: int = 1
 
 
-LONG = Sizes(teacher_steps=1200, student_steps=400, held_out_samples=512, seeds=3)
+LONG = Sizes(teacher_steps=1200, student_steps=300, held_out_samples=512, seeds=3)
 """About an hour on two cores."""
 
 
