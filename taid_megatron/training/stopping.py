@@ -19,6 +19,7 @@ import psutil
 
 from data_tools.manifest import DataError, write_atomically
 from taid_megatron.config.errors import UserError
+from taid_megatron.config.secrets import hidden
 from taid_megatron.runtime.log import get_logger
 
 STOPPED = 75  # EX_TEMPFAIL: resume
@@ -85,6 +86,8 @@ def _forget_pipe_in_children() -> None:
 
 def write_status(folder: Path, state: str, code: int | None, **more: Any) -> None:
     """run_status.json: torchrun hides the ranks' exit codes. code: None while the run goes on."""
+    if "error" in more:
+        more["error"] = hidden(more["error"])
     content = {"state": state, "exit_code": code, **more}
     write_atomically(folder / STATUS, json.dumps(content, indent=1).encode() + b"\n")
 

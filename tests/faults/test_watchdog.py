@@ -1,4 +1,4 @@
-"""A rank that dies, stops, hangs or fails ends the run on all ranks, is named, and costs nothing more.
+"""A rank that dies, stops, hangs or fails ends the run on all ranks, is named.
 
 The fault strikes within a step. What is waited for is shortened here; the rest is as in a run.
 """
