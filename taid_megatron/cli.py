@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,7 @@ import typer
 from taid_megatron import __version__
 from taid_megatron.config.errors import UserError
 from taid_megatron.config.schema import HFFamily
+from taid_megatron.config.secrets import hidden
 
 app = typer.Typer(
     help="Pre-training distillation: teacher and student in one Megatron pipeline.",
@@ -297,7 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"{error.format_message().rstrip('.')}; see taid-megatron --help")
     except Exception as error:
         if not _is_mendable(error):
-            raise
+            print(hidden(traceback.format_exc()), end="", file=sys.stderr)
+            return 1
         return _refuse(str(error))
     return code or 0
 
@@ -314,5 +317,5 @@ def _is_mendable(error: Exception) -> bool:
 def _refuse(message: str) -> int:
     # All ranks of a run find the same fault: the first one says it, all of them end.
     if os.environ.get("RANK", "0") == "0":
-        print(f"taid-megatron: {' '.join(message.splitlines())}", file=sys.stderr)
+        print(f"taid-megatron: {hidden(' '.join(message.splitlines()))}", file=sys.stderr)
     return 2

@@ -308,14 +308,15 @@ def _sharded(
     *,
     loading: bool,
 ) -> dict[str, Any]:
+    metadata = dict(_METADATA)  # megatron-core writes the process groups of the moment into it
     models = {
-        f"model{number}": stage.sharded_state_dict(metadata=_METADATA)
+        f"model{number}": stage.sharded_state_dict(metadata=metadata)
         for number, stage in enumerate(stages)
     }
     rank, size = dist.get_rank(), dist.get_world_size()
     return {
         **models,
-        "optimizer": optimizer.sharded_state_dict(models, is_loading=loading, metadata=_METADATA),
+        "optimizer": optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata),
         "random_state": {
             name: ShardedTensor.from_rank_offsets(
                 f"random_state.{name}", tensor, (0, rank, size), prepend_axis_num=1

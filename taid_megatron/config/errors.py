@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from .secrets import hidden
+
 
 class UserError(ValueError):
-    """A bad argument, configuration or input; says what, the value, and the mend, in one line."""
+    """A bad argument, configuration or input; says what, the value, and the mend, in one line.
+
+    Secrets in the message are blotted out.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(hidden(" ".join(message.splitlines())))
 
 
 class ConfigError(UserError):

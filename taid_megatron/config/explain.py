@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from .schema import Section
+from .secrets import hidden
 
 Problem = Any  # pydantic's ErrorDetails: type, loc, input, msg, ctx
 
@@ -138,5 +139,6 @@ def _short(value: object) -> str:
 
 
 def cut(text: str, length: int = 80) -> str:
-    """The text, or its start and an ellipsis where it is longer."""
+    """The text, or its start and an ellipsis where it is longer; secrets blotted out before."""
+    text = hidden(text)
     return text if len(text) <= length else f"{text[: length - 3]}..."

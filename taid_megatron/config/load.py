@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from .errors import ConfigError
 from .explain import cut, explain
 from .schema import Config
+from .secrets import found
 from .weights import with_architectures
 
 Tree = dict[str, Any]
@@ -42,6 +43,11 @@ def read_tree(path: str | Path) -> Tree:
 def from_tree(tree: Tree, source: str, overrides: Sequence[str] = ()) -> Config:
     """As `load`, of sections that did not come from a file as they are; source: what to call it."""
     overridden = [_override(tree, text) for text in overrides]
+    if secret := found(tree):
+        raise ConfigError(
+            f"{secret}, and a run writes its configuration out: give it to the program that needs "
+            "it through the environment"
+        )
     tree = with_architectures(tree)
     try:
         config = Config.model_validate(tree)

@@ -387,6 +387,13 @@ class Training(Section):
     max_skipped_steps: NotNegative = 10
     """Steps in a row that may be skipped because a loss or gradient is not finite; one more
     ends the run."""
+    loss_spike_deviations: Annotated[float, Field(gt=0)] | None = 6.0
+    """A step's loss so many standard deviations above the mean of the 100 before is recorded, with
+    the ids of its samples; none: never."""
+    step_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that one step may take, before the run is ended as hung."""
+    phase_timeout: Annotated[float, Field(gt=0)] = 3600.0
+    """The same for what is no step: loading, the first step of a process, an evaluation, a save."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import math
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -101,6 +103,7 @@ def start(parallel: Parallel, seed: int, timeout_minutes: float = 10.0) -> World
 
     Run alone (no torchrun environment), the process is a world of one rank. On CUDA each process
     takes the GPU of its LOCAL_RANK and talks over NCCL; without CUDA the ranks talk over gloo.
+    timeout_minutes: that a rank waits for the others, here and in every collective.
     """
     # Before CUDA starts. With one hardware queue kernels run in the order of their launch: Megatron
     # relies on it to overlap tensor-parallel communication with the matrix products behind it.
@@ -130,6 +133,7 @@ def start(parallel: Parallel, seed: int, timeout_minutes: float = 10.0) -> World
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
     seed_everything(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -138,7 +142,7 @@ def start(parallel: Parallel, seed: int, timeout_minutes: float = 10.0) -> World
         size=dist.get_world_size(),
         device=device,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
-        teacher_groups=_teacher_groups(parallel),
+        teacher_groups=_teacher_groups(parallel, timedelta(minutes=timeout_minutes)),
         joined_here=joined_here,
     )
 
@@ -151,7 +155,7 @@ def seed_everything(seed: int) -> None:
 
 
 def _teacher_groups(
-    parallel: Parallel,
+    parallel: Parallel, timeout: timedelta
 ) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
     """This rank's two groups for the teacher's messages; all ranks take part in making them."""
     if parallel.pipeline == 1:
@@ -163,10 +167,27 @@ def _teacher_groups(
     dist.all_gather_object(pipelines, mine)
     own: tuple | None = None
     for ranks in sorted({tuple(ranks) for ranks in pipelines}):
-        groups = (dist.new_group(list(ranks)), dist.new_group(list(ranks)))
+        first, second = (dist.new_group(list(ranks), timeout=timeout) for _ in range(2))
         if dist.get_rank() in ranks:
-            own = groups
+            own = (first, second)
     return own
+
+
+def private_store(name: str) -> dist.Store | None:
+    """The store in which the ranks met, for the use of one part of the program; None for one rank.
+
+    Its keys are apart from others', also from those of an earlier call: each rank calls it as often
+    as the others. It is a connection of its own, so who waits there keeps nobody else from using
+    the store (torch before 2.8 cannot do that: there it is the same one).
+    """
+    if dist.get_world_size() == 1:
+        return None
+    store = dist.distributed_c10d._get_default_store()
+    own = store.clone() if hasattr(store, "clone") else store
+    return dist.PrefixStore(f"{name}_{next(_private_stores)}", own)
+
+
+_private_stores = itertools.count()
 
 
 def any_of(flags: Sequence[bool], world: World) -> list[bool]:

@@ -12,6 +12,8 @@ import os
 import sys
 import warnings
 
+from taid_megatron.config.secrets import hidden
+
 _NAME = "taid_megatron"
 _MEGATRON = "megatron"
 _RENAMED_IN_TORCH = (
@@ -32,7 +34,7 @@ def rank() -> int:
 def say(text: str) -> None:
     """A line to the user on stdout, at once; silent on other ranks than 0."""
     if rank() == 0:
-        print(text, flush=True)
+        print(hidden(text), flush=True)
 
 
 def get_logger() -> logging.Logger:
@@ -73,6 +75,7 @@ class _RankHandler(logging.Handler):
             return
         try:
             where = f"rank {here}: " if here != 0 else ""
-            print(f"{where}{record.levelname.lower()}: {self.format(record)}", file=sys.stderr)
+            text = hidden(self.format(record))
+            print(f"{where}{record.levelname.lower()}: {text}", file=sys.stderr)
         except Exception:
             self.handleError(record)

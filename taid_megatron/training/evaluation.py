@@ -66,6 +66,12 @@ def gathered_weights(stages: list[DistributedDataParallel]) -> Iterator[None]:
         for stage in stages
         if stage.use_forward_hook and stage.remove_forward_pre_hook_handles
     ]
+    # First all that are on their way: megatron-core would gather one buffer again, and wait for it,
+    # while those of others are still being written.
+    for stage in lazy:
+        for group in (*stage.bucket_groups, *stage.expert_parallel_bucket_groups):
+            if group.param_gather_handle is not None:
+                group.param_gather_handle.wait()
     for stage in lazy:
         stage.disable_forward_pre_hook()
     try:

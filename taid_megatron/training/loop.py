@@ -42,6 +42,7 @@ from taid_megatron.training.setup import (
     tokenizer_fingerprint,
 )
 from taid_megatron.training.stopping import STOPPED, RunLock, Signals, recorded
+from taid_megatron.training.watchdog import Watchdog
 
 _OR_ELSE = "set it back, or name another run.folder"
 
@@ -65,16 +66,36 @@ def run(config: Config) -> int:
     )
     check_tokenizer(config)
     with Signals() as signals:
-        world = distributed.start(config.parallel, config.run.seed)
+        world = distributed.start(config.parallel, config.run.seed, _collectives_minutes(config))
         try:
-            with _sole_writer(config.run.folder, world) as (lock, told):
+            with (
+                _sole_writer(config.run.folder, world) as (lock, told),
+                _watchdog(config, world, lock) as watch,
+            ):
                 trainer = build_trainer(config, world, abilities)
-                trainer.lock = lock
+                trainer.lock, trainer.watch = lock, watch
                 code = _run(trainer, signals)
                 told |= {"exit_code": code, "step": trainer.step, "signal": signals.received}
                 return code
         finally:
             distributed.stop(world)
+
+
+def _collectives_minutes(config: Config) -> float:
+    """The collectives' own time-out, in minutes: past the watchdog's, which says who it was."""
+    return max(config.training.step_timeout, config.training.phase_timeout) / 60 + 2.0
+
+
+def _watchdog(config: Config, world: World, lock: RunLock | None) -> Watchdog:
+    return Watchdog(
+        config.run.folder,
+        rank=world.rank,
+        size=world.size,
+        store=distributed.private_store("watchdog"),
+        step_timeout=config.training.step_timeout,
+        phase_timeout=config.training.phase_timeout,
+        on_end=lock.release if lock else lambda: None,
+    )
 
 
 def _run(trainer: Trainer, signals: Signals) -> int:
@@ -118,7 +139,8 @@ def _train(
     metrics: MetricsWriter | None,
     signals: Signals,
 ) -> int:
-    config = trainer.config
+    config, watch = trainer.config, trainer.watch
+    assert watch is not None
     started, minutes = time.monotonic(), config.training.max_minutes
     last_step = min(trainer.steps, config.training.stop_at or trainer.steps)
     if trainer.step >= last_step:
@@ -127,6 +149,7 @@ def _train(
     with profiler, _collected_by_hand(config.training.gc_interval):
         while trainer.step < last_step:
             profiler.before(trainer.step + 1)
+            watch.step(trainer.step + 1)
             record = _optimizer_step(trainer, batches)
             profiler.after(trainer.step)
             late = minutes is not None and time.monotonic() - started > 60 * minutes
@@ -134,10 +157,12 @@ def _train(
             last = stopped or out_of_time or trainer.step == last_step
             evaluated = (last and not stopped) or _due(config.evaluation.every, trainer)
             if validation is not None and evaluated:
+                watch.phase(f"the evaluation after step {trainer.step}")
                 record |= {"step": trainer.step, **_held_out(trainer, validation)}
             if metrics is not None and record:
                 metrics.log(record)
             if last or _due(config.checkpoint.every, trainer):
+                watch.phase(f"the save of step {trainer.step}")
                 _save(trainer)
             if _due(config.training.gc_interval, trainer):
                 gc.collect()
@@ -182,6 +207,7 @@ def _optimizer_step(trainer: Trainer, batches: DistributedBatches) -> dict[str, 
     if fault := _not_finite(trainer, means):
         return _skipped(trainer, batch_size, fault)
     trainer.skipped_in_a_row = 0
+    spike = _loss_spike(trainer, means["loss"], batch_size)
     _, grad_norm, _ = trainer.optimizer.step()
     if trainer.schedule is not None:
         trainer.schedule.update(means["objective"])
@@ -190,7 +216,7 @@ def _optimizer_step(trainer: Trainer, batches: DistributedBatches) -> dict[str, 
         lr = get_canonical_lr_for_logging(trainer.optimizer.param_groups)
         trainer.temperature.update(share * means["temperature_gradient"], lr)
     if not logged:
-        return {}
+        return {"step": trainer.step, "loss": means["loss"], **spike} if spike else {}
     seconds = time.perf_counter() - started
     record: dict[str, Any] = {"step": trainer.step, **means}
     if t is not None:
@@ -198,6 +224,7 @@ def _optimizer_step(trainer: Trainer, batches: DistributedBatches) -> dict[str, 
     if temperature is not None:
         record["temperature"] = temperature
     return record | {
+        **spike,
         "lr": get_canonical_lr_for_logging(trainer.optimizer.param_groups),
         "grad_norm": float(grad_norm) if grad_norm is not None else None,
         "batch_size": batch_size,
@@ -252,6 +279,23 @@ def _skipped(trainer: Trainer, batch_size: int, fault: str) -> dict[str, Any]:
         "skipped_first_sample": first,
         "skipped_last_sample": last,
         "consumed_samples": trainer.consumed_samples,
+    }
+
+
+def _loss_spike(trainer: Trainer, loss: float, batch_size: int) -> dict[str, Any]:
+    """What to record where the step's loss leaps up: by how much, and its samples."""
+    above = trainer.recent_losses.add(loss, trainer.config.training.loss_spike_deviations)
+    if above is None:
+        return {}
+    first, last = trainer.consumed_samples - batch_size, trainer.consumed_samples - 1
+    get_logger().warning(
+        f"step {trainer.step}: the loss is {loss:.4g}, {above:.1f} standard deviations above those "
+        f"before (samples {first} to {last})"
+    )
+    return {
+        "loss_spike": above,
+        "loss_spike_first_sample": first,
+        "loss_spike_last_sample": last,
     }
 
 

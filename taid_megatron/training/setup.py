@@ -33,8 +33,10 @@ from taid_megatron.runtime.distributed import World, on_first_rank
 from taid_megatron.schedules import CTKDTemperature, TAIDSchedule
 from taid_megatron.training.objectives import build_schedule, build_temperature
 from taid_megatron.training.optimizer import build_lr_schedule, build_optimizer, wire, wrap
+from taid_megatron.training.spikes import RecentLosses
 from taid_megatron.training.step import Pipeline
 from taid_megatron.training.stopping import RunLock
+from taid_megatron.training.watchdog import Watchdog
 
 
 @dataclass
@@ -62,6 +64,10 @@ class Trainer:
     """The checkpoint that the run goes on from."""
     lock: RunLock | None = None
     """On the main rank: the run folder's, to be held when it writes."""
+    watch: Watchdog | None = None
+    """Told where the run is, so that a rank that hangs is noticed."""
+    recent_losses: RecentLosses = field(default_factory=RecentLosses)
+    """What the next loss is held against, to record its leaps."""
     faults: list[str] = field(default_factory=list)
     """What was wrong with newer checkpoints, at the resume."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -18,6 +19,7 @@ import psutil
 
 from data_tools.manifest import DataError, write_atomically
 from taid_megatron.config.errors import UserError
+from taid_megatron.config.secrets import hidden
 from taid_megatron.runtime.log import get_logger
 
 STOPPED = 75  # EX_TEMPFAIL: resume
@@ -30,21 +32,36 @@ _STALE_SECONDS = 120.0
 class Signals:
     """While entered, a first SIGTERM or SIGUSR1 is noted and a second one ends the process.
 
-    The second acts as it would without this: at once, and the process dies of the signal.
+    The second acts as it would without this: at once, and the process dies of the signal. Where the
+    main thread waits in a call (for another rank, say) Python runs no handler until it returns. The
+    system still writes each signal's number into a pipe; a thread reads it there, and ends the
+    process at the second with exit code 128 and its number.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._before: dict[int, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._fd_before = -1
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python has no signals
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._fd_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            _forget_pipe_in_children()
+            threading.Thread(
+                target=_leave_at_second, args=(self._pipe[0],), name="signals", daemon=True
+            ).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._fd_before)
+            os.close(self._pipe[1])  # which ends the thread
 
     def _note(self, number: int, frame: object) -> None:
         self.received = signal.Signals(number).name
@@ -52,10 +69,36 @@ class Signals:
             signal.signal(each, signal.SIG_DFL)
 
 
+def _leave_at_second(pipe: int) -> None:
+    with os.fdopen(pipe, "rb", buffering=0) as numbers:
+        seen = 0
+        while number := numbers.read(1):
+            seen += number[0] in _SIGNALS
+            if seen == 2:
+                os._exit(128 + number[0])
+
+
+@functools.cache
+def _forget_pipe_in_children() -> None:
+    """A forked child (a checkpoint's writer) would write its own signals into this rank's pipe."""
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+
 def write_status(folder: Path, state: str, code: int | None, **more: Any) -> None:
     """run_status.json: torchrun hides the ranks' exit codes. code: None while the run goes on."""
+    if "error" in more:
+        more["error"] = hidden(more["error"])
     content = {"state": state, "exit_code": code, **more}
     write_atomically(folder / STATUS, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def write_failure(folder: Path, code: int, error: str) -> None:
+    """run_status.json of a run that cannot end by itself any more; on any one rank."""
+    try:
+        started = json.loads((folder / STATUS).read_text()).get("started")
+    except (OSError, ValueError):
+        started = None
+    write_status(folder, "failed", code, started=started, ended=time.time(), error=error)
 
 
 class RunLock:

@@ -32,13 +32,18 @@ class RankFailure(RuntimeError):
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 120,
+    grace: float = GRACE_SECONDS,
 ) -> list[Any]:
     """Return [function(rank, world_size, *args) for every rank], each in a process of its own.
 
     The ranks are forked: `function` may be a closure, and they start with what is imported and with
     the random state of the caller. Each runs torch on one thread, in a default gloo process group,
-    with RANK, LOCAL_RANK and WORLD_SIZE set. Results come back by pickle.
+    with RANK, LOCAL_RANK and WORLD_SIZE set. Results come back by pickle. `grace`: seconds that the
+    other ranks may go on after one has failed.
 
     Raises:
         Exception: what a rank raised (the first in time), with a RankFailure as its cause that
@@ -64,7 +69,7 @@ def run_ranks(
         try:
             for process in ranks:
                 process.start()
-            ended = _wait(ranks, folder, timeout)
+            ended = _wait(ranks, folder, timeout, grace)
         finally:
             for process in ranks:
                 if process.is_alive():
@@ -131,7 +136,7 @@ def _write(path: Path, report: tuple[str, Any]) -> None:
     partial.rename(path)
 
 
-def _wait(ranks: list[BaseProcess], folder: Path, timeout: float) -> dict[int, int]:
+def _wait(ranks: list[BaseProcess], folder: Path, timeout: float, grace: float) -> dict[int, int]:
     """Exit codes of the ranks that ended by themselves: of all, or once one has failed.
 
     Raises TimeoutError where none failed and some still run after `timeout` seconds.
@@ -144,7 +149,7 @@ def _wait(ranks: list[BaseProcess], folder: Path, timeout: float) -> dict[int, i
             return ended
         failed = any(ended.values())
         if failed:
-            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            deadline = min(deadline, time.monotonic() + grace)
         if time.monotonic() >= deadline:
             if failed:
                 return ended

@@ -5,12 +5,14 @@ The signal is sent from within the phase that it is to hit.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,24 @@ def test_a_second_signal_ends_it_at_once_and_the_last_checkpoint_is_whole(config
     # its lock is stale: the next run takes it over and goes on
     assert run_ranks(1, _run, str(config), overrides, (), 0) == [0]
     assert store.newest(tmp_path / "checkpoints").step == 6
+
+
+def _deaf(rank: int, size: int) -> None:
+    """Two signals while the main thread is in a call that gives no handler a chance."""
+
+    def send() -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            time.sleep(0.2)
+            os.kill(os.getpid(), number)
+
+    with stopping.Signals():
+        threading.Thread(target=send, daemon=True).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 500_000_000)
+
+
+def test_a_second_signal_is_heard_while_the_main_thread_waits() -> None:
+    with pytest.raises(RankFailure, match=f"{{0: {128 + signal.SIGUSR1}}}"):
+        run_ranks(1, _deaf)
 
 
 def test_the_status_has_refusals_and_failures(config, tmp_path) -> None:
