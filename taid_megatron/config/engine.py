@@ -106,7 +106,7 @@ def check_engine(
 def _models(config: Config) -> list[tuple[str, str, str]]:
     """(name, precision, FP8 recipe) of each model."""
     precision = config.training.precision
-    models = [("student", precision, config.engine.fp8)]
+    models: list[tuple[str, str, str]] = [("student", precision, config.engine.fp8)]
     if config.teacher is not None:
         of_teacher = config.teacher.precision or precision
         models.append(("teacher", of_teacher, config.engine.teacher_fp8))

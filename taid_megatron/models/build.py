@@ -243,7 +243,7 @@ def fuse_weight_gradients(modules: Iterable[torch.nn.Module]) -> None:
     """
     for module in modules:
         if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 def _forgive_extra_state(module: torch.nn.Module, incompatible: Any) -> None:

@@ -17,7 +17,6 @@ SHAPE = (
     *("student.architecture.hidden_size=128", "student.architecture.ffn_hidden_size=256"),
     *("teacher.architecture.hidden_size=256", "teacher.architecture.ffn_hidden_size=512"),
     *("training.seq_length=64", "training.micro_batch_size=4"),
-    # an evaluation of half the held-out tokens at every other step
     "evaluation.every=10",
 )
 BF16 = "training.precision=bf16"
