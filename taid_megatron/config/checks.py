@@ -8,27 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from .batches import data_parallel_size, train_steps
+from .engine import EngineAbilities, check_engine
 from .errors import ConfigError
 from .schema import Architecture, Blend, Config, Parallel
 from .weights import check_weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineAbilities:
-    """What the machine offers; the runtime finds out, so that this package imports no torch."""
-
-    has_cuda: bool
-    """Whether torch can use a GPU."""
-    has_transformer_engine: bool
-    """Whether Transformer Engine is installed and usable."""
-    has_apex: bool
-    """Whether Apex's fused gradient accumulation is installed."""
-    gpu_count: int
-    """GPUs of this node; 0 without CUDA."""
 
 
 def check(
@@ -70,12 +56,14 @@ def check_layout(
     trains: bool = True,
 ) -> None:
     """The part of `check` that needs neither data nor a run folder: models, ranks, batches."""
-    _check_parallel(config.parallel, engine)
+    _check_parallel(config.parallel)
     _check_models(config, teacher_architecture)
     check_weights(config, teacher_architecture)
+    check_engine(config, teacher_architecture, engine)
     _check_recompute(config)
     if world_size is not None:
         _check_world_size(config.parallel, world_size, engine)
+    _check_experts(config, teacher_architecture, world_size)
     _check_batches(config, world_size)
     if trains:
         _check_length(config)
@@ -91,18 +79,7 @@ def _check_retention(config: Config) -> None:
         )
 
 
-def _check_parallel(parallel: Parallel, engine: EngineAbilities) -> None:
-    if parallel.context > 1:
-        state = "not used by this version" if engine.has_transformer_engine else "not installed"
-        raise ConfigError(
-            f"parallel.context={parallel.context} needs Transformer Engine's attention, which is "
-            f"{state}; set parallel.context=1"
-        )
-    if parallel.expert > 1:
-        raise ConfigError(
-            f"parallel.expert={parallel.expert}: this version does not spread a mixture's experts "
-            "over ranks, parallel.tensor splits each; set parallel.expert=1"
-        )
+def _check_parallel(parallel: Parallel) -> None:
     if parallel.sequence_parallel and parallel.tensor == 1:
         raise ConfigError(
             "parallel.sequence_parallel=true needs tensor parallelism, parallel.tensor=1; "
@@ -273,6 +250,39 @@ def near_even(layers: int, stages: int) -> list[int]:
     return [layers // stages + (stage < layers % stages) for stage in range(stages)]
 
 
+def _check_experts(config: Config, teacher: Architecture | None, world_size: int | None) -> None:
+    """parallel.expert against the mixture (a teacher's alone) and the ranks it is spread over."""
+    parallel = config.parallel
+    expert = f"parallel.expert={parallel.expert}"
+    if parallel.expert == 1:
+        return
+    shape = teacher or (config.teacher.architecture if config.teacher else None)
+    if shape is None and config.teacher is not None:
+        return  # its checkpoint has not been read yet
+    if shape is None or shape.num_moe_experts is None:
+        raise ConfigError(
+            f"{expert} spreads the experts of a mixture, and the teacher is none; set "
+            "parallel.expert=1"
+        )
+    if shape.num_moe_experts % parallel.expert:
+        raise ConfigError(
+            f"{expert} does not divide the teacher's num_moe_experts={shape.num_moe_experts}; set "
+            f"parallel.expert={math.gcd(shape.num_moe_experts, parallel.expert)}"
+        )
+    if parallel.tensor > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"{expert} with parallel.tensor={parallel.tensor} would send every token "
+            f"{parallel.tensor} times; set parallel.sequence_parallel=true"
+        )
+    others = None if world_size is None else world_size // (parallel.tensor * parallel.pipeline)
+    if others is not None and others % parallel.expert:
+        raise ConfigError(
+            f"{expert} does not divide the {others} ranks that would hold the same part of the "
+            "teacher (replicas * parallel.context); set parallel.expert="
+            f"{math.gcd(others, parallel.expert)}"
+        )
+
+
 def _check_recompute(config: Config) -> None:
     recompute = config.training.recompute
     where = "training.recompute"
@@ -348,11 +358,23 @@ def _check_batches(config: Config, world_size: int | None) -> None:
                 f"interleaved schedule needs a multiple of parallel.pipeline={parallel.pipeline}; "
                 f"set {key} to a multiple of {whole}, such as {_multiple_near(size, whole)}"
             )
-    if parallel.sequence_parallel and training.seq_length % parallel.tensor:
+    _check_seq_length(training.seq_length, parallel)
+
+
+def _check_seq_length(length: int, parallel: Parallel) -> None:
+    if parallel.sequence_parallel and length % parallel.tensor:
         raise ConfigError(
-            f"training.seq_length={training.seq_length} is not divisible by parallel.tensor="
+            f"training.seq_length={length} is not divisible by parallel.tensor="
             f"{parallel.tensor}, and parallel.sequence_parallel shards it; set "
-            f"training.seq_length={_multiple_near(training.seq_length, parallel.tensor)}"
+            f"training.seq_length={_multiple_near(length, parallel.tensor)}"
+        )
+    # Two parts for each context-parallel rank, sharded further by sequence parallelism.
+    parts = 2 * parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+    if parallel.context > 1 and length % parts:
+        raise ConfigError(
+            f"training.seq_length={length} is not divisible by the {parts} parts that "
+            f"parallel.context={parallel.context} makes of it (two for each rank, each sharded by "
+            f"sequence parallelism); set training.seq_length={_multiple_near(length, parts)}"
         )
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+FP8 = Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"]
 HFFamily = Literal["llama", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox", "stablelm", "mixtral"]
 
 
@@ -310,9 +311,9 @@ class Parallel(Section):
     virtual_pipeline: Positive | None = None
     """Model chunks per pipeline stage (interleaved schedule); needs overlap_p2p at pipeline=2."""
     context: Positive = 1
-    """Ranks that share each sequence; needs Transformer Engine's attention."""
+    """Ranks that share each sequence: each has two parts of it, as far from both ends."""
     expert: Positive = 1
-    """Ranks that share the experts of a mixture; only 1 so far."""
+    """Ranks that share the experts of a mixture; taken from the replicas' and context's ranks."""
     sequence_parallel: bool = False
     """Shard the activations between tensor-parallel blocks along the sequence."""
     distributed_optimizer: bool = False
@@ -499,10 +500,18 @@ class Checkpoint(Section):
 
 
 class Engine(Section):
-    """Which layers carry the models."""
+    """Which layers carry the models, and in which formats they multiply."""
 
-    layers: Literal["auto", "local"] = "auto"
-    """'local': megatron-core's own layers with torch's scaled_dot_product_attention."""
+    layers: Literal["auto", "te", "local"] = "auto"
+    """'te': Transformer Engine's; 'local': megatron-core's own with torch's
+    scaled_dot_product_attention; 'auto': 'te' for bf16 models where it is there."""
+    fp8: FP8 = "none"
+    """Recipe of the student's matrix products, but the head's, in FP8; weights stay bf16 with fp32
+    copies. Scales: 'delayed' from earlier steps (anew after a resume), 'tensorwise' from each
+    tensor, 'blockwise' from blocks of 128, 'mxfp8' from 32 values (Blackwell)."""
+    teacher_fp8: FP8 = "none"
+    """The same for the teacher, whose weights are then kept in FP8 alone: one byte each. Not
+    'delayed'."""
 
 
 class Evaluation(Section):

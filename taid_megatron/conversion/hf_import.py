@@ -22,7 +22,7 @@ from taid_megatron.conversion import segments
 from taid_megatron.conversion.families import NEVER_WEIGHTS, NOT_WEIGHTS, TABLES, Table
 from taid_megatron.conversion.hf_folder import HFFolder, open_folder
 from taid_megatron.models.build import GPTStage
-from taid_megatron.models.initialize import global_name
+from taid_megatron.models.initialize import global_name, writable
 from taid_megatron.models.vocabulary import Vocabulary
 
 
@@ -122,7 +122,8 @@ def fill(
                 size=size,
                 padded_vocab=vocabulary.padded,
             )
-            _copy(parameter, part, source, name)
+            with writable(parameter) as target:
+                _copy(target, part, source, name)
 
 
 def _copy(parameter: Tensor, part: segments.Shard, source: Source, name: str) -> None:

@@ -121,6 +121,8 @@ class LastWord(_WholeRows):
     """
 
     with_teacher: bool
+    cp_group: dist.ProcessGroup | None = None
+    """The ranks that share a text; None: one has it whole."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -138,10 +140,11 @@ class LastWord(_WholeRows):
         figures: dict[str, Tensor] = {}
         for prefix in ("", "teacher_") if self.with_teacher else ("",):
             losses, hits = found[f"{prefix}loss"], found[f"{prefix}hit"]
-            per_text = {
-                f"{prefix}loss": (losses * asked).sum(0),
-                f"{prefix}accuracy": (hits | ~asked).all(0).float(),
-            }
+            loss, misses = (losses * asked).sum(0), (~hits & asked).sum(0)
+            if self.cp_group is not None:
+                dist.all_reduce(loss, group=self.cp_group)
+                dist.all_reduce(misses, group=self.cp_group)
+            per_text = {f"{prefix}loss": loss, f"{prefix}accuracy": (misses == 0).float()}
             figures |= {name: value.expand_as(labels) for name, value in per_text.items()}
         return (figures["loss"] * loss_mask).sum(), figures
 

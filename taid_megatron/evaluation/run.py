@@ -236,7 +236,8 @@ def _last_words(config: Config, world: World, texts: list[str], encoder: Any) ->
 def _guessed(
     config: Config, world: World, vocabulary: Vocabulary, pairs: list[Pair], words: LastWords
 ) -> Tree:
-    figures = LastWord(vocabulary, world.groups.tp, config.teacher is not None)
+    groups = world.groups
+    figures = LastWord(vocabulary, groups.tp, config.teacher is not None, groups.cp)
     means = _means(config, world, pairs, words, len(words), figures)
     texts = round(means.pop("tokens"))
     found: Tree = {"texts": texts}

@@ -10,8 +10,14 @@ which its layers hand through untouched (through recomputation as well). A token
 its own document. With sequence parallelism attention sees the whole sequence, so the ids are always
 of full length.
 
-Shapes: S sequence, b micro-batch, n heads and g key-value groups of this tensor-parallel rank,
-d channels of a head. Megatron's layout is [S, b, n, d], torch's [b, n, S, d].
+Context parallelism: a rank has two parts of the sequence, the r-th from the front and the r-th from
+the back of 2 * size, so that causal attention is equal work on all of them. It gathers every rank's
+keys and values, in the order of the ranks (attention does not mind their order, the bias follows
+it), and its backward scatters their gradients. Document ids stay those of the whole sequence.
+
+Shapes: S sequence, Q the part of it that this rank has (S without context parallelism),
+b micro-batch, n heads and g key-value groups of this tensor-parallel rank, d channels of a head.
+Megatron's layout is [Q, b, n, d], torch's [b, n, Q, d].
 """
 
 from __future__ import annotations
@@ -22,9 +28,11 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
@@ -36,13 +44,35 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
 
+class Share(NamedTuple):
+    """Which part of every sequence a context-parallel rank has."""
+
+    rank: int = 0
+    size: int = 1
+
+    def rows(self, seq_length: int, device: torch.device) -> Tensor:
+        """Its tokens' places in the sequence, [Q]. seq_length: S, a multiple of 2 * size."""
+        if self.size == 1:
+            return torch.arange(seq_length, device=device)
+        parts = torch.arange(seq_length, device=device).chunk(2 * self.size)
+        return torch.cat((parts[self.rank], parts[-1 - self.rank]))
+
+    def columns(self, seq_length: int, device: torch.device) -> Tensor:
+        """The places of the keys that it gathers, [S]: rank after rank."""
+        ranks = [self._replace(rank=rank) for rank in range(self.size)]
+        return torch.cat([share.rows(seq_length, device) for share in ranks])
+
+
+WHOLE = Share()
+
+
 class TorchAttention(torch.nn.Module):
     """Core attention of one layer; constructed and called as megatron-core's DotProductAttention.
 
     config: megatron-core's; read are attention_dropout, window_size, window_attn_skip_freq,
     kv_channels, softmax_scale, sequence_parallel. layer_number counts from 1 over the whole model.
-    attention_dropout and softmax_scale, where given, stand for config's. attention_type,
-    cp_comm_type and pg_collection are not needed: all sizes follow from the tensors.
+    attention_dropout and softmax_scale, where given, stand for config's; of pg_collection the group
+    cp is read. attention_type and cp_comm_type are not needed.
     Raises ValueError for what torch's kernels do not do (see _refuse_config).
     """
 
@@ -64,6 +94,15 @@ class TorchAttention(torch.nn.Module):
         scale = config.softmax_scale if softmax_scale is None else softmax_scale
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if scale is None else scale
         self.window = _window(config, layer_number)
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            groups = pg_collection
+            self.cp_group = groups.cp if groups else parallel_state.get_context_parallel_group()
+
+    @property
+    def share(self) -> Share:
+        """This rank's part of each sequence."""
+        return Share(self.cp_group.rank(), self.cp_group.size()) if self.cp_group else WHOLE
 
     def forward(
         self,
@@ -77,10 +116,16 @@ class TorchAttention(torch.nn.Module):
     ) -> Tensor:
         """softmax(q k^T * scale) v over the tokens that each token may see.
 
-        query [S, b, n, d]; key, value [S, b, g, d], n a multiple of g; attention_mask: None, or
-        document_ids, int [b, S]. Returns [S, b, n*d]. Raises ValueError for anything else.
+        query [Q, b, n, d]; key, value [Q, b, g, d], n a multiple of g; attention_mask: None, or
+        document_ids, int [b, S]. Returns [Q, b, n*d]. Raises ValueError for anything else.
         """
         _refuse_call(query, key, value, attn_mask_type, attention_bias, packed_seq_params)
+        if self.cp_group is not None:
+            sizes = [key.shape[-1], value.shape[-1]]
+            both = gather_from_sequence_parallel_region(
+                torch.cat((key, value), -1), group=self.cp_group
+            )
+            key, value = both.split(sizes, -1)
         bias = self._bias(query, attention_mask)
         dropout = self.dropout if self.training else 0.0
         with self._dropout_generator(dropout):
@@ -96,14 +141,15 @@ class TorchAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
     def _bias(self, query: Tensor, document_ids: Tensor | None) -> Tensor | None:
-        """What is added to the scores, [1 or b, 1, S, S]; None where plain causal will do."""
-        seq_length = query.shape[0]
+        """What is added to the scores, [1 or b, 1, Q, S]; None where plain causal will do."""
+        share = self.share
+        seq_length = query.shape[0] * share.size
         window = self.window if self.window is not None and self.window < seq_length else None
         if document_ids is not None:
-            _refuse_document_ids(document_ids, query)
-            return _document_biases.get(document_ids, window, query.dtype)
-        if window is not None:
-            return _window_bias(seq_length, window, query.dtype, query.device)
+            _refuse_document_ids(document_ids, query, seq_length)
+            return _document_biases.get(document_ids, window, query.dtype, share)
+        if window is not None or share.size > 1:
+            return _causal_bias(seq_length, window, query.dtype, query.device, share)
         return None
 
     def _dropout_generator(self, dropout: float) -> AbstractContextManager:
@@ -121,7 +167,7 @@ class TorchAttention(torch.nn.Module):
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float, scale: float
 ) -> Tensor:
-    """Causal attention, or what bias allows. query [b, n, S, d]; key, value [b, g, S, d]."""
+    """Causal attention, or what bias allows. query [b, n, Q, d]; key, value [b, g, S, d]."""
     causal = bias is None
     repeats = query.shape[1] // key.shape[1]
     grouped = repeats > 1
@@ -150,24 +196,31 @@ def _fused_takes_groups(
     return choice != SDPBackend.MATH.value
 
 
-def _build_bias(allowed: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive form of `allowed` (bool [.., S, S], overwritten), causal and within the window.
+def _build_bias(
+    allowed: Tensor, window: int | None, dtype: torch.dtype, rows: Tensor, columns: Tensor
+) -> Tensor:
+    """Additive form of `allowed` (bool [.., Q, S], overwritten), causal and within the window.
 
-    Returns [.., S, S] in dtype, 0 or -inf. Not boolean, which torch would turn into this very
-    tensor in every layer and keep for every layer's backward.
+    rows [Q], columns [S]: the tokens' places in the sequence. Returns [.., Q, S] in dtype, 0 or
+    -inf. Not boolean, which torch would turn into this very tensor in every layer and keep for
+    every layer's backward.
     """
-    allowed.tril_()
+    allowed.logical_and_(columns <= rows[:, None])
     if window is not None:
-        allowed.triu_(1 - window)
+        allowed.logical_and_(columns > rows[:, None] - window)
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(allowed.logical_not_(), -math.inf)
 
 
 @functools.lru_cache(maxsize=2)  # one for training, and one for a teacher or an evaluation
 @torch.inference_mode(False)  # made while evaluating, it serves a later backward as well
-def _window_bias(seq_length: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The sliding window's bias, [1, 1, S, S]: the same for every layer and micro-batch."""
-    shape = (1, 1, seq_length, seq_length)
-    return _build_bias(torch.ones(shape, dtype=torch.bool, device=device), window, dtype)
+def _causal_bias(
+    seq_length: int, window: int | None, dtype: torch.dtype, device: torch.device, share: Share
+) -> Tensor:
+    """The bias without documents, [1, 1, Q, S]: the same for every layer and micro-batch."""
+    rows, columns = share.rows(seq_length, device), share.columns(seq_length, device)
+    shape = (1, 1, len(rows), seq_length)
+    allowed = torch.ones(shape, dtype=torch.bool, device=device)
+    return _build_bias(allowed, window, dtype, rows, columns)
 
 
 class _DocumentBiases:
@@ -186,14 +239,20 @@ class _DocumentBiases:
     def __len__(self) -> int:
         return len(self._held)
 
-    def get(self, document_ids: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-        """The bias, [b, 1, S, S], of document_ids, int [b, S]."""
-        build = functools.partial(_document_bias, document_ids, window, dtype)
+    def get(
+        self,
+        document_ids: Tensor,
+        window: int | None,
+        dtype: torch.dtype,
+        share: Share = WHOLE,
+    ) -> Tensor:
+        """The bias, [b, 1, Q, S], of document_ids, int [b, S]."""
+        build = functools.partial(_document_bias, document_ids, window, dtype, share)
         if document_ids.is_inference():
             return build()  # such tensors have no version: a change in place would go unseen
         storage = document_ids.untyped_storage()
         view = (document_ids.storage_offset(), document_ids.shape, document_ids.stride())
-        kind = (document_ids.dtype, window, dtype)
+        kind = (document_ids.dtype, window, dtype, share)
         return self._find((id(storage), document_ids._version, view, kind), storage, build)
 
     def _find(
@@ -214,10 +273,14 @@ _document_biases = _DocumentBiases()
 
 
 @torch.inference_mode(False)
-def _document_bias(document_ids: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Within the same document, causal. int [b, S] -> [b, 1, S, S]."""
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    return _build_bias(same, window, dtype)
+def _document_bias(
+    document_ids: Tensor, window: int | None, dtype: torch.dtype, share: Share
+) -> Tensor:
+    """Within the same document, causal. int [b, S] -> [b, 1, Q, S]."""
+    seq_length, device = document_ids.shape[1], document_ids.device
+    rows, columns = share.rows(seq_length, device), share.columns(seq_length, device)
+    same = document_ids[:, None, rows, None] == document_ids[:, None, None, columns]
+    return _build_bias(same, window, dtype, rows, columns)
 
 
 def _window(config: TransformerConfig, layer_number: int) -> int | None:
@@ -235,11 +298,6 @@ def _window(config: TransformerConfig, layer_number: int) -> int | None:
 
 
 def _refuse_config(config: TransformerConfig, attn_mask_type: AttnMaskType) -> None:
-    if config.context_parallel_size > 1:
-        raise ValueError(
-            f"context_parallel_size {config.context_parallel_size}: torch's attention sees one "
-            "rank's part of the sequence; use Transformer Engine's layers, or 1"
-        )
     if config.apply_query_key_layer_scaling:
         raise ValueError("apply_query_key_layer_scaling: not with torch's attention; set it false")
     if config.softmax_type != "vanilla":
@@ -266,15 +324,15 @@ def _refuse_call(
         raise ValueError("attention_bias and packed_seq_params: not with torch's attention")
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if query.dim() != 4 or key.dim() != 4 or key.shape[:3] != value.shape[:3]:
-        raise ValueError(f"expected [S, b, n, d] and twice [S, b, g, d]: {shapes}")
+        raise ValueError(f"expected [Q, b, n, d] and twice [Q, b, g, d]: {shapes}")
     if query.shape[:2] != key.shape[:2]:
         raise ValueError(f"query and key must have one length and batch: {shapes}")
     if query.shape[2] % key.shape[2]:
         raise ValueError(f"query heads must be a multiple of the key-value groups: {shapes}")
 
 
-def _refuse_document_ids(document_ids: Tensor, query: Tensor) -> None:
-    seq_length, batch = query.shape[:2]
+def _refuse_document_ids(document_ids: Tensor, query: Tensor, seq_length: int) -> None:
+    batch = query.shape[1]
     if document_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"attention_mask {document_ids.dtype} {list(document_ids.shape)}: expected None "

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils
@@ -18,7 +23,7 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor
 from torch.nn import functional
 
-from taid_megatron.config.checks import EngineAbilities
+from taid_megatron.config.engine import EngineAbilities
 from taid_megatron.config.schema import Architecture, Parallel, Recompute
 from taid_megatron.models.attention import TorchAttention
 from taid_megatron.models.layer_variants import ParallelResidualLayer, stretch
@@ -26,6 +31,8 @@ from taid_megatron.models.local_layers import RotaryAttention, gated
 from taid_megatron.models.norms import norm_for
 from taid_megatron.models.vocabulary import Vocabulary
 
+# Gradients have the wider range of e5m2 where one scale serves a whole tensor ("hybrid").
+_FP8_FORMATS = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ACTIVATIONS = {
     "swiglu": functional.silu,
@@ -33,6 +40,9 @@ _ACTIVATIONS = {
     "geglu": functional.gelu,
     "gelu": functional.gelu,
 }
+
+
+_EXTRA_STATE = "._extra_state"
 
 
 class Head(NamedTuple):
@@ -59,9 +69,29 @@ class GPTStage(GPTModel):
     ) -> tuple:
         decoder_input, angles, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         if self.reset_positions and angles is not None:
-            # [s, 1, 1, d] along the sequence -> [s, b, 1, d] at each token's own position
+            # those of the whole sequence, where a context-parallel rank has a share of it
+            length = angles.shape[0] * self.config.context_parallel_size
+            angles = self.rotary_pos_emb(length, packed_seq=True)
+            # [S, 1, 1, d] along the sequence -> [s, b, 1, d] at each token's own position
             angles = angles[position_ids.t(), 0, 0].unsqueeze(2)
         return decoder_input, angles, *rest
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What a checkpoint holds: parameters.
+
+        Transformer Engine's modules add FP8 scales of earlier steps as a pickle, which other
+        layers would not know. Only the recipe 'delayed' has any; it finds them anew in a step.
+        """
+        found = super().sharded_state_dict(*args, **kwargs)
+        return {key: value for key, value in found.items() if not key.endswith(_EXTRA_STATE)}
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; the same scales are not missed."""
+        hook = self.register_load_state_dict_post_hook(_forgive_extra_state)
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        finally:
+            hook.remove()
 
     def leave_head_to_loss(self) -> None:
         """End in a Head; on stages without the output layer this does nothing."""
@@ -91,8 +121,14 @@ def transformer_config(
     recompute: Recompute | None = None,
     hidden_dropout: float = 0.0,
     attention_dropout: float = 0.0,
+    fp8: str = "none",
+    frozen: bool = False,
 ) -> TransformerConfig:
-    """megatron-core's description of a model under a layout. Raises ValueError where they clash."""
+    """megatron-core's description of a model under a layout. Raises ValueError where they clash.
+
+    fp8: a recipe of the configuration (engine.fp8), for Transformer Engine's layers. frozen: the
+    model is not trained; with FP8 its layers' weights are kept in FP8 alone.
+    """
     dtype = DTYPES[precision]
     window = architecture.sliding_window
     overlapped = parallel.p2p_overlapped
@@ -144,7 +180,8 @@ def transformer_config(
         bias_dropout_fusion=abilities.has_cuda,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        **_mixture_options(architecture),
+        **_mixture_options(architecture, parallel.expert, abilities),
+        **_fp8_options(fp8, frozen),
         **_recompute_options(recompute),
     )
 
@@ -156,14 +193,25 @@ def build_stages(
     *,
     seq_length: int,
     reset_positions: bool = False,
+    transformer_engine: bool = False,
+    documents_apart: bool = False,
 ) -> list[GPTStage]:
-    """This rank's model chunks (one, or virtual_pipeline of them), weights not yet filled."""
+    """This rank's model chunks (one, or virtual_pipeline of them), weights not yet filled.
+
+    transformer_engine: with its layers. documents_apart: the forward is given document_ids.
+    """
     chunks = config.virtual_pipeline_model_parallel_size
+    if transformer_engine:
+        layer, norm = _transformer_engine_layer(config, architecture, documents_apart)
+    else:
+        layer, norm = _local_layer(config, architecture)
     stages = []
     for vp_stage in range(chunks) if chunks else [None]:
         stage = GPTStage(
             config,
-            _block_spec(config, architecture, vp_stage),
+            TransformerBlockSubmodules(
+                [layer] * get_num_layers_to_build(config, vp_stage=vp_stage), norm
+            ),
             vocab_size=vocabulary.padded,
             max_sequence_length=seq_length,
             position_embedding_type="rope",
@@ -187,6 +235,22 @@ def build_stages(
     return stages
 
 
+def fuse_weight_gradients(modules: Iterable[torch.nn.Module]) -> None:
+    """Let Transformer Engine's linears add their weights' gradients to main_grad in the product.
+
+    Megatron's switch for it, gradient_accumulation_fusion, is the output layer's as well, which
+    needs Apex for it. To be called where the weights have a main_grad.
+    """
+    for module in modules:
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+
+
+def _forgive_extra_state(module: torch.nn.Module, incompatible: Any) -> None:
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if not key.endswith(_EXTRA_STATE)]
+
+
 def _leave_alone(weight: Tensor) -> Tensor:
     return weight
 
@@ -200,7 +264,22 @@ def _pipeline_layout(layers_per_stage: tuple[int, ...] | None) -> list[list[str]
     return layout
 
 
-def _mixture_options(architecture: Architecture) -> dict:
+def _fp8_options(fp8: str, frozen: bool) -> dict[str, Any]:
+    if fp8 == "none":
+        return {}
+    return {
+        "fp8": _FP8_FORMATS[fp8],
+        "fp8_recipe": fp8,
+        "fp8_param": frozen,
+        # of 'delayed': the largest value of so many steps sets the scale; Megatron's default is one
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+    }
+
+
+def _mixture_options(
+    architecture: Architecture, expert: int, abilities: EngineAbilities
+) -> dict[str, Any]:
     """A mixture that is not trained: no auxiliary loss, no capacity, weights that sum to 1."""
     if architecture.num_moe_experts is None:
         return {}
@@ -212,7 +291,11 @@ def _mixture_options(architecture: Architecture) -> dict:
         "moe_router_topk": architecture.moe_router_topk,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "allgather",
+        "expert_model_parallel_size": expert,
+        # it sends a token to its experts' ranks alone, on CUDA's streams; without, all go to all
+        "moe_token_dispatcher_type": "alltoall"
+        if expert > 1 and abilities.has_cuda
+        else "allgather",
     }
 
 
@@ -231,26 +314,44 @@ def _recompute_options(recompute: Recompute | None) -> dict:
     }
 
 
-def _block_spec(
-    config: TransformerConfig, architecture: Architecture, vp_stage: int | None
-) -> TransformerBlockSubmodules:
-    """megatron-core's local layers with torch's attention and sequence-parallel norms."""
+def _local_layer(
+    config: TransformerConfig, architecture: Architecture
+) -> tuple[ModuleSpec, type[torch.nn.Module]]:
+    """megatron-core's local layer with torch's attention and sequence-parallel norms; its norm."""
     norm = norm_for(architecture.normalization)
     layer: ModuleSpec = get_gpt_layer_local_spec(
         num_experts=architecture.num_moe_experts,
         normalization=architecture.normalization,
         qk_layernorm=architecture.qk_layernorm,
     )
-    if architecture.parallel_residual:
-        layer.module = ParallelResidualLayer
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm
-    layer.submodules.self_attention.module = RotaryAttention
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = TorchAttention
     if architecture.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm
     if config.use_te_activation_func:
         layer.submodules.mlp.submodules.activation_func = gated(config.activation_func)
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+    return _varied(layer, architecture), norm
+
+
+def _transformer_engine_layer(
+    config: TransformerConfig, architecture: Architecture, documents_apart: bool
+) -> tuple[ModuleSpec, type]:
+    """megatron-core's layer of Transformer Engine's modules, and its norm."""
+    layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=architecture.num_moe_experts, qk_layernorm=architecture.qk_layernorm
+    )
+    # its attention knows neither document_ids nor, around a ring of ranks, a sliding window
+    in_a_ring = config.context_parallel_size > 1 and config.window_size is not None
+    if documents_apart or in_a_ring:
+        layer.submodules.self_attention.submodules.core_attention = TorchAttention
+    return _varied(layer, architecture), TENorm
+
+
+def _varied(layer: ModuleSpec, architecture: Architecture) -> ModuleSpec:
+    """What this system changes in either kind of layer."""
+    layer.submodules.self_attention.module = RotaryAttention
+    if architecture.parallel_residual:
+        layer.module = ParallelResidualLayer
+    return layer

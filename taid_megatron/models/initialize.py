@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
 from taid_megatron.config.schema import Architecture
@@ -28,42 +31,72 @@ def initialize(stage: GPTStage, architecture: Architecture, seed: int) -> None:
     vocabulary beyond the real one 0.
     """
     for name, parameter in stage.named_parameters():
-        _fill(parameter, global_name(stage, name), architecture, seed)
+        with writable(parameter) as target:
+            _fill(target, parameter, global_name(stage, name), architecture, seed)
+
+
+@contextmanager
+def writable(parameter: Tensor) -> Iterator[Tensor]:
+    """The parameter's values, to be written part by part.
+
+    A weight kept in FP8 can only be written whole: a part of it would be a copy, and what is
+    written there would be lost.
+    """
+    if not is_float8tensor(parameter):
+        yield parameter
+        return
+    plain = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    yield plain
+    parameter.copy_(plain)
 
 
 def global_name(stage: GPTStage, name: str) -> str:
-    """A parameter's name with its layer counted over all stages; tied heads share one name."""
+    """A parameter's name with layer and expert counted over all ranks; tied heads share one."""
     if name == "output_layer.weight" and stage.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     if not name.startswith("decoder.layers."):
         return name
     _, _, local, rest = name.split(".", 3)
     number = stage.decoder.layers[int(local)].layer_number - 1
-    return f"decoder.layers.{number}.{rest}"
+    return f"decoder.layers.{number}.{_global_expert(stage, rest)}"
 
 
-def _fill(parameter: Tensor, name: str, architecture: Architecture, seed: int) -> None:
+def _global_expert(stage: GPTStage, name: str) -> str:
+    before, found, after = name.partition("local_experts.")
+    if not found:
+        return name
+    local, rest = after.split(".", 1)
+    assert stage.config.num_moe_experts is not None
+    here = stage.config.num_moe_experts // stage.config.expert_model_parallel_size
+    expert = parallel_state.get_expert_model_parallel_rank() * here + int(local)
+    return f"{before}{found}{expert}.{rest}"
+
+
+def _fill(
+    target: Tensor, parameter: Tensor, name: str, architecture: Architecture, seed: int
+) -> None:
+    """target: the parameter's values; parameter: for Megatron's marks on it."""
     if name.endswith("bias"):
-        parameter.zero_()
+        target.zero_()
         return
-    if "layernorm" in name:
-        parameter.fill_(1.0)
+    if "layernorm" in name or "layer_norm_" in name:  # Transformer Engine's spelling
+        target.fill_(1.0)
         return
     std = architecture.init_method_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2.0 * architecture.num_layers)
     if "word_embeddings" in name or name.startswith("output_layer"):
-        _fill_vocabulary(parameter, architecture.vocab_size, std, _generator(seed, name))
+        _fill_vocabulary(target, architecture.vocab_size, std, _generator(seed, name))
     elif name.endswith("linear_fc1.weight") and architecture.gated:
         # a shard holds its rows of the gate above its rows of the up projection
-        gate, up = parameter.chunk(2, dim=0)
+        gate, up = target.chunk(2, dim=0)
         _fill_shard(gate, 0, std, _generator(seed, name + ".gate"))
         _fill_shard(up, 0, std, _generator(seed, name + ".up"))
     else:
         # Megatron's marks on its parameters; norms and replicated weights have none or False
         sharded = getattr(parameter, "tensor_model_parallel", False)
         dim: int | None = parameter.partition_dim if sharded else None  # type: ignore[attr-defined]
-        _fill_shard(parameter, dim, std, _generator(seed, name))
+        _fill_shard(target, dim, std, _generator(seed, name))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -133,8 +133,8 @@ def _gpus(config: Config | None) -> Iterator[Finding]:
     yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
     fp8 = min(torch.cuda.get_device_capability(i) for i in range(machine.gpu_count))
     yield Finding("FP8", "note", "yes" if fp8 >= _FP8_CAPABILITY else "not on these GPUs")
-    if machine.has_transformer_engine:
-        yield Finding("Transformer Engine", "ok", "usable")
+    state = "ok" if machine.has_transformer_engine else "note"
+    yield Finding("Transformer Engine", state, machine.transformer_engine)
     if config is not None and config.parallel.tensor > machine.gpu_count:
         yield Finding(
             "tensor parallelism",

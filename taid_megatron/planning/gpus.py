@@ -25,12 +25,15 @@ class GPU:
     link_gb_s: float
     network_gb_s: float
     gpus_per_node: int
+    compute_capability: tuple[int, int]
     source: str
 
 
 def kinds() -> dict[str, GPU]:
     """Every known kind by its name."""
     table = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
+    for row in table.values():
+        row["compute_capability"] = tuple(row["compute_capability"])
     return {name: GPU(name=name, **row) for name, row in table.items()}
 
 

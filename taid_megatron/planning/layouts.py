@@ -46,12 +46,14 @@ class Layout:
 
 
 def engine_for(gpu: GPU) -> EngineAbilities:
-    """A machine of that kind, for the checks."""
+    """A machine of that kind, for the checks: what can be installed is."""
     return EngineAbilities(
         has_cuda=True,
-        has_transformer_engine=False,
+        has_transformer_engine=True,
         has_apex=False,
         gpu_count=gpu.gpus_per_node,
+        transformer_engine="taken as there",
+        compute_capability=gpu.compute_capability,
     )
 
 

@@ -75,8 +75,9 @@ class Sizes:
 
     @property
     def tokens(self) -> int:
-        """T."""
-        return self.config.training.micro_batch_size * self.config.training.seq_length
+        """T, of one context-parallel rank."""
+        training = self.config.training
+        return training.micro_batch_size * training.seq_length // self.config.parallel.context
 
     @property
     def sharded_tokens(self) -> int:
@@ -121,8 +122,11 @@ class Sizes:
     def teacher_parameters(self, stage: Stage) -> int:
         """Of one stage on one rank."""
         assert self.teacher is not None
-        tensor = self.config.parallel.tensor
-        return stage_parameters(self.teacher, stage, self.vocabulary.padded, tensor)
+        shape, parallel = self.teacher, self.config.parallel
+        if shape.num_moe_experts is not None:
+            here = shape.num_moe_experts // parallel.expert
+            shape = shape.model_copy(update={"num_moe_experts": here})
+        return stage_parameters(shape, stage, self.vocabulary.padded, parallel.tensor)
 
 
 def rank_memory(sizes: Sizes, rank: int) -> RankMemory:
@@ -140,7 +144,7 @@ def rank_memory(sizes: Sizes, rank: int) -> RankMemory:
         optimizer=kept * weights / (shards if parallel.distributed_optimizer else 1),
         activations=_activations_peak(sizes, rank),
         logits=logits,
-        teacher=sizes.teacher_element * sum(map(sizes.teacher_parameters, others)),
+        teacher=_teacher_bytes(sizes, rank),
         work=_work(sizes, mine, others),
         messages=_messages(sizes),
     )
@@ -174,6 +178,14 @@ def logits_bytes(sizes: Sizes, kind: str | None = None) -> float:
     if kind == "dense":
         return logits + _PLAIN_COPIES * sizes.tokens * shard * 4
     return logits + sizes.tokens * _LOSS_COLUMNS + buffers
+
+
+def _teacher_bytes(sizes: Sizes, rank: int) -> float:
+    if sizes.config.engine.teacher_fp8 != "none":
+        return teacher_fp8_bytes(sizes, rank)
+    pipeline = sizes.config.parallel.pipeline
+    mine = [stage for k, stage in enumerate(sizes.teacher_stages()) if k % pipeline == rank]
+    return float(sizes.teacher_element * sum(map(sizes.teacher_parameters, mine)))
 
 
 def teacher_fp8_bytes(sizes: Sizes, rank: int) -> float:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from taid_megatron.runtime import transformer_engine
+
 CPU = torch.device("cpu")
 # Those that megatron-core gives a device, and their likes. One left out fails loudly.
 _FACTORIES = (
@@ -33,8 +35,10 @@ def prepare_import() -> None:
     """Import megatron-core without its torch.compile decorations; to be called before others do.
 
     On a CPU they would want a compiler at the first call, and they load torch's inductor: two
-    seconds for every process. With CUDA, or once megatron-core is imported, this does nothing.
+    seconds for every process. With CUDA, or once megatron-core is imported, that is left alone.
+    Transformer Engine is probed in any case.
     """
+    transformer_engine.probe()
     if torch.cuda.is_available() or "megatron.core" in sys.modules:
         return
     compile_function = torch.compile
@@ -57,6 +61,7 @@ def install() -> bool:
     whole process.
     """
     global _installed
+    transformer_engine.probe()
     if torch.cuda.is_available():
         return False
     if not _installed:
@@ -107,6 +112,8 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _device_on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if kwargs.get("pin_memory"):  # for a copy to the GPU: torch refuses it where there is none
+        kwargs = {**kwargs, "pin_memory": False}
     return {**kwargs, "device": CPU} if _names_cuda(kwargs.get("device")) else kwargs
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from taid_megatron.config.checks import EngineAbilities
 from taid_megatron.config.errors import UserError
 from taid_megatron.config.schema import Parallel
-from taid_megatron.runtime import cpu_engine, torch_adam
+from taid_megatron.runtime import cpu_engine, torch_adam, transformer_engine
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -29,20 +29,36 @@ Result = TypeVar("Result")
 
 
 def abilities() -> EngineAbilities:
-    """What this machine offers, without importing what may break at import.
-
-    Transformer Engine on a machine without CUDA raises at import and takes megatron-core down with
-    it, so its presence is looked up, never tried.
-    """
-    has_cuda = torch.cuda.is_available()
+    """What this machine offers."""
+    has_transformer_engine, found = transformer_engine.probe()
+    if not torch.cuda.is_available():
+        return EngineAbilities(
+            has_cuda=False,
+            has_transformer_engine=False,
+            has_apex=False,
+            gpu_count=0,
+            transformer_engine=found,
+        )
+    _one_hardware_queue()
+    gpus = range(torch.cuda.device_count())
+    cuda = (torch.version.cuda or "0.0").split(".")
     return EngineAbilities(
-        has_cuda=has_cuda,
-        has_transformer_engine=has_cuda
-        and importlib.util.find_spec("transformer_engine") is not None,
-        has_apex=has_cuda
-        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
-        gpu_count=torch.cuda.device_count() if has_cuda else 0,
+        has_cuda=True,
+        has_transformer_engine=has_transformer_engine,
+        has_apex=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        gpu_count=len(gpus),
+        transformer_engine=found,
+        compute_capability=min(torch.cuda.get_device_capability(gpu) for gpu in gpus),
+        cuda_version=(int(cuda[0]), int(cuda[1])),
     )
+
+
+def _one_hardware_queue() -> None:
+    """To be called before CUDA starts: kernels then run in the order of their launch.
+
+    Megatron relies on it to overlap tensor-parallel communication with the products behind it.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def world_size_from_environment() -> int:
@@ -105,9 +121,7 @@ def start(parallel: Parallel, seed: int, timeout_minutes: float = 10.0) -> World
     takes the GPU of its LOCAL_RANK and talks over NCCL; without CUDA the ranks talk over gloo.
     timeout_minutes: that a rank waits for the others, here and in every collective.
     """
-    # Before CUDA starts. With one hardware queue kernels run in the order of their launch: Megatron
-    # relies on it to overlap tensor-parallel communication with the matrix products behind it.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _one_hardware_queue()
     on_cpu = cpu_engine.install()
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection

@@ -17,6 +17,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from taid_megatron.config.schema import Optimizer, Parallel
+from taid_megatron.models.build import fuse_weight_gradients
 from taid_megatron.models.pair import Pair
 
 
@@ -28,11 +29,14 @@ def wrap(pairs: list[Pair], parallel: Parallel) -> list[DistributedDataParallel]
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    return [
+    stages = [
         # later chunks are reduced while earlier ones still compute: one bucket is best for them
         DistributedDataParallel(pair.config, config, pair, disable_bucketing=chunk > 0)
         for chunk, pair in enumerate(pairs)
     ]
+    for pair in pairs:
+        fuse_weight_gradients(pair.modules())
+    return stages
 
 
 def build_optimizer(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from data_tools.manifest import DataError, read_manifest
 from taid_megatron.checkpointing import store
 from taid_megatron.config.batches import data_parallel_size, train_samples, train_steps
-from taid_megatron.config.checks import EngineAbilities
+from taid_megatron.config.engine import EngineAbilities, describe, takes_transformer_engine
 from taid_megatron.config.errors import ConfigError, UserError
 from taid_megatron.config.schema import Architecture, Blend, Config
 from taid_megatron.config.weights import source
@@ -30,6 +31,7 @@ from taid_megatron.models.pair import Pair
 from taid_megatron.models.teacher_p2p import TeacherCarryingCommunicator
 from taid_megatron.models.vocabulary import Vocabulary, align
 from taid_megatron.runtime.distributed import World, on_first_rank
+from taid_megatron.runtime.log import say
 from taid_megatron.schedules import CTKDTemperature, TAIDSchedule
 from taid_megatron.training.objectives import build_schedule, build_temperature
 from taid_megatron.training.optimizer import build_lr_schedule, build_optimizer, wire, wrap
@@ -107,6 +109,7 @@ def keep_tokenizer(config: Config) -> None:
 
 def build_trainer(config: Config, world: World, abilities: EngineAbilities) -> Trainer:
     """Models, optimizer and schedules, with the weights a fresh run starts from."""
+    say(describe(config, abilities))
     vocabulary, pairs = build_pairs(config, abilities)
     if config.loss.fused_head:
         for pair in pairs:
@@ -173,6 +176,7 @@ def _student(
         abilities,
         precision=config.training.precision,
         layers_per_stage=config.student.layers_per_stage,
+        fp8=config.engine.fp8,
         recompute=config.training.recompute,
         hidden_dropout=config.student.hidden_dropout,
         attention_dropout=config.student.attention_dropout,
@@ -213,6 +217,7 @@ def _fill_from_teacher(
         import_checkpoint(checkpoint.path, stages, architecture, vocabulary, layers=layers)
 
 
+@torch.no_grad()  # no room for what a backward would need beside weights in FP8
 def _teacher(
     config: Config,
     architecture: Architecture,
@@ -227,6 +232,8 @@ def _teacher(
         abilities,
         precision=config.teacher.precision or config.training.precision,
         layers_per_stage=config.teacher.layers_per_stage,
+        fp8=config.engine.teacher_fp8,
+        frozen=True,
     )
     if config.teacher.hf is None and config.teacher.checkpoint is None:
         for stage in stages:
@@ -241,15 +248,21 @@ def _stages(
     architecture: Architecture,
     vocabulary: Vocabulary,
     abilities: EngineAbilities,
+    *,
+    precision: str,
     **options: Any,
 ) -> list[GPTStage]:
     """A model's chunks on this rank, weights not filled; options: of transformer_config."""
     return build_stages(
         architecture,
-        transformer_config(architecture, config.parallel, abilities=abilities, **options),
+        transformer_config(
+            architecture, config.parallel, precision=precision, abilities=abilities, **options
+        ),
         vocabulary,
         seq_length=config.training.seq_length,
         reset_positions=config.data.reset_position_ids,
+        transformer_engine=takes_transformer_engine(config.engine, precision, abilities),
+        documents_apart=config.data.reset_attention_mask,
     )
 
 

@@ -2,7 +2,7 @@
 
 Losses stay per token until here. Sums and counts are reduced once and divided once, so neither the
 gradient nor the logged figures depend on how the global batch was cut into micro-batches and ranks.
-Shapes: b micro-batch, s sequence.
+Shapes: b micro-batch, s sequence (with context parallelism this rank's share of it).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from taid_megatron.models.pair import Outputs
@@ -70,7 +71,7 @@ class Pipeline:
             groups["p2p_communicator"] = self.communicator
             groups["pg_collection"] = self.world.groups
         outputs = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, self.world.device, per_token),
+            forward_step_func=partial(_forward_step, self.world, per_token),
             data_iterator=iterators if chunks > 1 else iterators[0],
             model=self.stages if chunks > 1 else self.stages[0],
             num_microbatches=len(batches),
@@ -97,14 +98,17 @@ class Pipeline:
 
 
 def _forward_step(
-    device: torch.device,
+    world: World,
     per_token: PerToken,
     batches: Iterator[Batch],
     model: DistributedDataParallel,
 ) -> tuple[Any, Callable]:
     """Megatron's forward_step_func: a stage's output, and what makes the last one's a loss."""
-    batch = {name: part.to(device, non_blocking=True) for name, part in next(batches).items()}
-    output = model(batch["tokens"], batch["position_ids"], batch.get("document_ids"))
+    batch = {name: part.to(world.device, non_blocking=True) for name, part in next(batches).items()}
+    # attention needs the documents of all keys, so every context-parallel rank has them whole
+    document_ids = batch.pop("document_ids", None)
+    batch = get_batch_on_this_cp_rank(batch, world.groups.cp)
+    output = model(batch["tokens"], batch["position_ids"], document_ids)
     return output, partial(_sum_over_tokens, per_token, batch["labels"], batch["loss_mask"])
 
 

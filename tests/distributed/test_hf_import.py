@@ -19,6 +19,10 @@ from . import hf_models
 from .ranks import run_ranks
 
 LAYOUTS = {"1x1": (1, 1), "TP=2": (2, 1), "PP=2": (1, 2), "TP=2 PP=2": (2, 2)}
+EXPERTS = {
+    "EP=2": {"expert": 2},
+    "EP=2 TP=2 SP": {"expert": 2, "tensor": 2, "sequence_parallel": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +39,32 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def differences(rank: int, size: int, root: Path, tensor: int, pipeline: int) -> dict[str, float]:
     """Per model the largest difference to transformers' logits; all models in one process."""
-    world = distributed.start(Parallel(tensor=tensor, pipeline=pipeline), seed=1)
+    parallel = Parallel(tensor=tensor, pipeline=pipeline)
+    world = distributed.start(parallel, seed=1)
     try:
-        return {name: difference(world, root / name) for name in hf_models.MODELS}
+        return {name: difference(world, root / name, parallel) for name in hf_models.MODELS}
+    finally:
+        distributed.stop(world)
+
+
+def mixture_difference(rank: int, size: int, root: Path, layout: dict) -> float:
+    """The mixture's largest difference to transformers' logits."""
+    parallel = Parallel(**layout)
+    world = distributed.start(parallel, seed=1)
+    try:
+        return difference(world, root / "mixtral", parallel)
     finally:
         distributed.stop(world)
 
 
 @torch.no_grad()
-def difference(world: distributed.World, folder: Path) -> float:
-    tensor, pipeline = world.groups.tp.size(), world.groups.pp.size()
+def difference(world: distributed.World, folder: Path, parallel: Parallel) -> float:
+    tensor, pipeline = parallel.tensor, parallel.pipeline
     architecture = read(folder)
     layers = architecture.num_layers
     config = transformer_config(
         architecture,
-        Parallel(tensor=tensor, pipeline=pipeline),
+        parallel,
         precision="fp32",
         abilities=distributed.abilities(),
         layers_per_stage=(layers,) if pipeline == 1 else (layers - 1, 1),
@@ -60,7 +75,9 @@ def difference(world: distributed.World, folder: Path) -> float:
     (stage,) = stages
     stage.eval()
     reference = torch.load(folder / "reference.pt")
-    worst = distance(world, forward(world, stage, reference["ids"]), reference["logits"])
+    # replicas have different texts, which a mixture's experts must not mix up
+    ids, expected = (reference[name].roll(world.data_rank, 0) for name in ("ids", "logits"))
+    worst = distance(world, forward(world, stage, ids), expected)
     if "documents" in reference:
         numbers, positions = hf_models.documents()
         stage.reset_positions = True
@@ -110,3 +127,9 @@ def test_logits_are_those_of_transformers(folders, tensor, pipeline) -> None:
     for found in run_ranks(tensor * pipeline, differences, folders, tensor, pipeline):
         worst = {name: value for name, value in found.items() if not value <= 2e-5}
         assert worst == {}
+
+
+@pytest.mark.parametrize("layout", EXPERTS.values(), ids=EXPERTS)
+def test_experts_on_several_ranks_give_the_logits_of_transformers(folders, layout) -> None:
+    ranks = 2 * layout.get("tensor", 1)
+    assert max(run_ranks(ranks, mixture_difference, folders, layout)) <= 2e-5

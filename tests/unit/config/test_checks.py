@@ -34,20 +34,41 @@ def refusal(config: Config, world_size: int | None = None, **options: Any) -> st
     return message
 
 
+MIXTURE = dict(SHAPE, ffn_hidden_size=256, num_moe_experts=6)
 VPP = {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}
 RAMP = {"start": 8, "increment": 4, "samples": 100}
 
 # What does not fit -> what the line must say -> the change that mends it.
 CLASHES: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
     "context": (
-        {"parallel__context": 2},
-        ["parallel.context=2 needs Transformer Engine", "not installed", "parallel.context=1"],
-        {"parallel__context": 1},
+        {"parallel__context": 2, "training__seq_length": 34},
+        ["training.seq_length=34", "4 parts", "parallel.context=2", "training.seq_length=36"],
+        {"training__seq_length": 36},
     ),
-    "expert": (
+    "context and sequence parallel": (
+        {
+            "parallel__context": 2,
+            "parallel__tensor": 4,
+            "parallel__sequence_parallel": True,
+            "training__seq_length": 40,
+        },
+        ["training.seq_length=40", "16 parts", "training.seq_length=48"],
+        {"training__seq_length": 48},
+    ),
+    "experts of no mixture": (
         {"parallel__expert": 2},
-        ["parallel.expert=2: this version does not spread", "set parallel.expert=1"],
+        ["parallel.expert=2", "the teacher is none", "set parallel.expert=1"],
         {"parallel__expert": 1},
+    ),
+    "too many ranks for the experts": (
+        {"parallel__expert": 4, "teacher__architecture": MIXTURE},
+        ["parallel.expert=4", "num_moe_experts=6", "set parallel.expert=2"],
+        {"parallel__expert": 2},
+    ),
+    "experts and every token several times": (
+        {"parallel__expert": 2, "parallel__tensor": 2, "teacher__architecture": MIXTURE},
+        ["parallel.expert=2 with parallel.tensor=2", "set parallel.sequence_parallel=true"],
+        {"parallel__sequence_parallel": True},
     ),
     "sequence parallel alone": (
         {"parallel__sequence_parallel": True},
@@ -336,8 +357,14 @@ def test_the_base_fits_and_nothing_is_written(tmp_path: Path):
     assert sorted(os.listdir(tmp_path)) == ["corpus.bin", "corpus.idx"]
 
 
-def test_context_parallelism_is_refused_with_transformer_engine_too():
-    assert "not used by this version" in refusal(make(parallel__context=2), engine=GPU)
+def test_experts_are_spread_over_the_ranks_that_hold_the_same_part():
+    config = make(parallel__expert=2, parallel__context=2, teacher__architecture=MIXTURE)
+    check(config, 2, engine=CPU)
+    config = make(parallel__expert=2, teacher__architecture=MIXTURE)
+    check(config, 4, engine=CPU)
+    message = refusal(config, 1)
+    assert "parallel.expert=2 does not divide the 1 ranks" in message
+    assert "set parallel.expert=1" in message
 
 
 def test_missing_index_is_named(tmp_path: Path):

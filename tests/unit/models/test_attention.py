@@ -259,6 +259,33 @@ def test_bias_follows_its_ids(built):
     assert len(attention_module._document_biases) == 2
 
 
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("window", [None, 7])
+def test_context_parallel_ranks_see_what_the_whole_would(documents, window):
+    """Of 3 ranks, each with two parts of the sequence, keys gathered rank after rank."""
+    query, key, value = (part.detach() for part in random_inputs())
+    document_ids = several_documents() if documents else None
+    expected = dense(query, key, value, document_ids, window)
+    options = {"window_size": None if window is None else (window - 1, 0)}
+    alone, places = build(**options), []
+    for rank in range(3):
+        share = attention_module.Share(rank, 3)
+        rows, columns = share.rows(S, query.device), share.columns(S, query.device)
+        if documents:
+            bias = attention_module._document_biases.get(document_ids, window, query.dtype, share)
+        else:
+            bias = attention_module._causal_bias(S, window, query.dtype, query.device, share)
+        parts = [query[rows], key[columns], value[columns]]
+        found = attention_module._attend(
+            *(part.permute(1, 2, 0, 3) for part in parts), bias, 0.0, alone.softmax_scale
+        )
+        found = found.permute(2, 0, 1, 3).reshape(S // 3, B, -1)
+        torch.testing.assert_close(found, expected[rows], rtol=0, atol=2e-6)
+        places += rows.tolist()
+    assert sorted(places) == list(range(S))
+    assert places[: S // 3] == [*range(8), *range(S - 8, S)]
+
+
 def test_two_micro_batches_in_flight_are_both_held(built):
     """A pipeline alternates between two micro-batches: neither layer nor pass builds anew."""
     first, second, third = several_documents(), several_documents() + 1, several_documents() + 2
@@ -278,7 +305,7 @@ def test_evaluation_in_inference_mode(built):
     """What was built under inference_mode can be kept by a later backward."""
     windowed = build(window_size=(11, 0))
     inputs, document_ids = random_inputs(), several_documents()
-    attention_module._window_bias.cache_clear()
+    attention_module._causal_bias.cache_clear()
     with torch.inference_mode():
         windowed(*inputs, None)
         build()(*inputs, document_ids)
@@ -501,7 +528,6 @@ def test_dropout_argument_stands_for_the_configs():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context_parallel_size": 2}, "context_parallel_size 2: .* use Transformer Engine"),
         ({"apply_query_key_layer_scaling": True}, "apply_query_key_layer_scaling"),
         ({"softmax_type": "learnable"}, "softmax_type 'learnable'"),
         ({"window_size": (4, 4)}, r"window_size \(4, 4\)"),
