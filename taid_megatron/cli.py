@@ -21,10 +21,11 @@ from taid_megatron import __version__
 from taid_megatron.config.errors import UserError
 from taid_megatron.config.schema import HFFamily
 from taid_megatron.config.secrets import hidden
+from taid_megatron.manual import OVERVIEW, examples
 
 app = typer.Typer(
     help="Pre-training distillation: teacher and student in one Megatron pipeline.",
-    add_completion=False,
+    epilog=OVERVIEW,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -32,20 +33,35 @@ app = typer.Typer(
 # typer's parser is click, its own copy or the package, by version: reached by its base class.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
+
+def _keys(incomplete: str) -> list[str]:
+    """For shell completion: the configuration's keys that go on like this."""
+    from taid_megatron.config.explain import dotted_keys
+    from taid_megatron.config.schema import Config
+
+    return [f"{key}=" for key in dotted_keys(Config) if key.startswith(incomplete)]
+
+
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that replace the file's."),
+    typer.Argument(
+        metavar="SECTION.KEY=VALUE",
+        help="Settings that replace the file's.",
+        autocompletion=_keys,
+    ),
 ]
 
 
-@app.command()
+@app.command(epilog=examples("train"))
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration of a run.")],
     overrides: Overrides = None,
 ) -> int:
     """Train a student as CONFIG says.
 
-    On several ranks: torchrun --nproc-per-node N -m taid_megatron train CONFIG
+    Everything is checked before anything is built. The run goes into run.folder: config.yaml,
+    metrics.jsonl, tensorboard/, checkpoints/. The same command goes on from the newest checkpoint
+    there, also on another layout or number of ranks. Without CUDA it runs on the CPU over gloo.
     """
     from taid_megatron.config.load import load
 
@@ -55,13 +71,17 @@ def train(
     return run(settings)
 
 
-@app.command()
+@app.command(epilog=examples("index"))
 def index(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration of a run.")],
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that the run will have.")] = 1,
 ) -> int:
-    """Build the sample index of a run beforehand, on one machine without a GPU."""
+    """Build a run's sample index beforehand, without a GPU.
+
+    Else the first rank builds it at the start of the run, while the GPUs wait: minutes for large
+    corpora. The index goes into data.cache, or into the run's folder.
+    """
     from taid_megatron.config.load import load
 
     settings = load(config, overrides or ())
@@ -71,7 +91,7 @@ def index(
     return 0
 
 
-@app.command()
+@app.command(epilog=examples("quickstart"))
 def quickstart(
     folder: Annotated[Path, typer.Option(help="Where the run lives.")] = Path("runs/quickstart"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, do not resume.")] = False,
@@ -80,7 +100,13 @@ def quickstart(
     ] = None,
     long: Annotated[bool, typer.Option("--long", help="About an hour, three seeds.")] = False,
 ) -> int:
-    """Train a teacher on this machine, distil it by several methods, export and report."""
+    """See all of it in small on this machine.
+
+    Collects text, trains a tokenizer and a teacher, distils students by four methods, compares two
+    layouts, evaluates, exports to Hugging Face's format, and writes report.html. It needs neither a
+    GPU nor a network, and takes some ten minutes on two cores. A second call goes on from what is
+    there.
+    """
     from dataclasses import replace
 
     from taid_megatron.quickstart import LONG, Sizes, run
@@ -89,14 +115,20 @@ def quickstart(
     return run(folder=folder, fresh=fresh, sizes=replace(sizes, seeds=seeds or sizes.seeds))
 
 
-@app.command()
+@app.command(epilog=examples("report"))
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders.")],
     out: Annotated[Path, typer.Option(help="The page; .md and .json go beside it.")] = Path(
         "report.html"
     ),
 ) -> int:
-    """Compare runs: one HTML page, the same table as Markdown and JSON."""
+    """Compare runs by what they logged.
+
+    Writes one HTML page that needs no network: last figures side by side, loss, KL, t beside its
+    straight line, learning rate, gradient norm, held-out curves, mass on the teacher's head and
+    tail where a run was evaluated, throughput, skipped steps, restarts. The table goes beside it as
+    .md and .json. Runs may still be running.
+    """
     from taid_megatron.reporting.compare import report as write
 
     try:
@@ -108,7 +140,7 @@ def report(
     return 0
 
 
-@app.command(name="import")
+@app.command(name="import", epilog=examples("import"))
 def import_(
     hf: Annotated[str, typer.Option(help="Folder of a Hugging Face model, or a hub name.")],
     out: Annotated[Path, typer.Option(help="The checkpoint's folder.")],
@@ -116,13 +148,17 @@ def import_(
         Literal["fp32", "bf16"] | None, typer.Option(help="Of the weights; none: the source's.")
     ] = None,
 ) -> int:
-    """Turn a Hugging Face model into a checkpoint."""
+    """Turn a Hugging Face model into a checkpoint.
+
+    Not needed for training: student.hf and teacher.hf read the folder as it is. Under torchrun the
+    ranks share the layers.
+    """
     from taid_megatron.conversion.commands import import_folder
 
     return import_folder(Path(hf), out, dtype)
 
 
-@app.command()
+@app.command(epilog=examples("export"))
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A step_* folder, or a run's.")],
     out: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
@@ -142,7 +178,11 @@ def export(
         int | None, typer.Option(help="Longest sequence; none: the architecture's, or seq_length.")
     ] = None,
 ) -> int:
-    """Turn a checkpoint into a Hugging Face model."""
+    """Turn a checkpoint into a Hugging Face model.
+
+    Writes weights, config.json, generation_config.json and a tokenizer.json; the folder appears
+    under its name when it is complete. Under torchrun the ranks share the files.
+    """
     from taid_megatron.conversion.commands import export_checkpoint
 
     return export_checkpoint(
@@ -156,7 +196,7 @@ def export(
     )
 
 
-@app.command()
+@app.command(epilog=examples("evaluate"))
 def evaluate(
     model: Annotated[
         Path, typer.Argument(help="A step_* folder, a run's, or a Hugging Face model's.")
@@ -178,7 +218,10 @@ def evaluate(
         Path | None, typer.Option(help="Folder for evaluation.json and evaluation.md.")
     ] = None,
 ) -> int:
-    """Measure a model: held-out text, its teacher, last words, public suites.
+    """Measure a model on held-out text and tasks.
+
+    Perplexity, KL to the teacher, agreement, mass on the teacher's head and tail, last words, and
+    public suites by lm-eval.
 
     A run's teacher, held-out data and length are taken from its config.yaml; settings replace them,
     such as teacher.hf=FOLDER data.validation=PREFIX training.seq_length=512 evaluation.samples=256
@@ -197,7 +240,7 @@ def evaluate(
     )
 
 
-@app.command()
+@app.command(epilog=examples("plan"))
 def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration of a run.")],
     overrides: Overrides = None,
@@ -218,9 +261,12 @@ def plan(
         Path | None, typer.Option(metavar="FILE.html", help="Write tables and timeline.")
     ] = None,
 ) -> int:
-    """Say what CONFIG will need and how long it will take; no GPU is needed.
+    """Say what a run will need, and how long it takes.
 
-    taid-megatron plan launch/recipes/taid_phi3_tinyllama.yaml --gpus 80 --gpu h100
+    Needs neither a GPU nor the models' weights. Refuses what cannot run; prints parameters per
+    stage of both models, memory per GPU by part, time and traffic of a step, days for the run, and
+    the best layouts, each with the reason why it is not the first. Times are computed from the
+    GPU's peak rates and an assumed share of them.
     """
     import json
 
@@ -246,7 +292,7 @@ def plan(
     return 0
 
 
-@app.command()
+@app.command(epilog=examples("doctor"))
 def doctor(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="YAML configuration of a run.")
@@ -256,9 +302,11 @@ def doctor(
         bool, typer.Option("--network", help="Time the links between torchrun's ranks.")
     ] = False,
 ) -> int:
-    """Say whether this machine is ready, and whether what CONFIG needs is there.
+    """Say whether this machine is ready for a run.
 
-    With the network: torchrun --nproc-per-node N -m taid_megatron doctor --network
+    Versions, GPUs, compiler, limits, ports; with CONFIG also its values, data, tokenizers, teacher
+    and disk. What failed comes with its mend. Exit code 0: nothing is missing. --network, under
+    torchrun, times the links between the ranks.
     """
     from taid_megatron.config.load import load
     from taid_megatron.planning import doctor as examination
@@ -276,14 +324,20 @@ def doctor(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"taid-megatron {__version__}")
+        from taid_megatron.planning.stack import versions
+
+        for name, version in (("taid-megatron", __version__), *versions()):
+            print(f"{name:<20}{version}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show it.")
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Versions of all parts."
+        ),
     ] = False,
 ) -> None:
     """Options before the command."""
@@ -296,13 +350,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except _UsageError as error:
-        return _refuse(f"{error.format_message().rstrip('.')}; see taid-megatron --help")
+        return _refuse(_usage(error))
     except Exception as error:
         if not _is_mendable(error):
             print(hidden(traceback.format_exc()), end="", file=sys.stderr)
             return 1
         return _refuse(str(error))
     return code or 0
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the command line, what may have been meant, and where to read on."""
+    text = error.message or error.format_message()
+    near = getattr(error, "possibilities", None)
+    if near and "mean" not in text:
+        text = f"{text}. Did you mean {' or '.join(sorted(near))}?"
+    command = getattr(error.ctx, "command_path", "taid-megatron")
+    return f"{text.rstrip('.')}{'' if text.endswith('?') else ';'} see {command} --help"
 
 
 def _is_mendable(error: Exception) -> bool:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.manifest import sync_folder, write_atomically
-from taid_megatron.checkpointing.manifest import own_hash
+from taid_megatron.checkpointing.manifest import own_hash, problem
 from taid_megatron.config.errors import UserError
+from taid_megatron.runtime.log import get_logger
 
 STATE_FILE = "state.json"
 POINTER = "latest"
@@ -59,6 +60,28 @@ def published(folder: Path) -> list[Checkpoint]:
     paths = folder.iterdir() if folder.is_dir() else ()
     found = [checkpoint for path in paths if (checkpoint := named(path))]
     return sorted(found, key=lambda found: (found.step, found.attempt), reverse=True)
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint that a user names: its folder, or a run's (then the newest that is sound).
+
+    Raises UserError where there is none. No shard is read.
+    """
+    if checkpoint := named(path):
+        return checkpoint
+    for folder in (path / "checkpoints", path):
+        if found := published(folder):
+            faults = []
+            for checkpoint in found:
+                fault = problem(checkpoint.path, full=False)
+                if fault is None:
+                    return checkpoint
+                get_logger().warning(f"checkpoint passed over: {fault}")
+                faults.append(fault)
+            raise UserError(f"no sound checkpoint in {folder}; the newest: {faults[0]}")
+    raise UserError(
+        f"{path}: no checkpoint there; name a step_* folder, or a run folder that has one"
+    )
 
 
 def newest(folder: Path) -> Checkpoint | None:

@@ -41,6 +41,7 @@ def check(
     if not trains:
         return
     _check_logging(config, engine)
+    _check_taught(config)
     _check_inputs(config)
     _check_writable("run.folder", config.run.folder)
     if config.data.cache is not None:
@@ -443,6 +444,16 @@ def _check_logging(config: Config, engine: EngineAbilities) -> None:
         raise ConfigError(
             f"run.seed={config.run.seed}: expected a number below 2**31={2**31}, which every "
             "generator takes; set a smaller run.seed"
+        )
+
+
+def _check_taught(config: Config) -> None:
+    """A shape is enough to plan with; a run would learn from random numbers for days."""
+    teacher = config.teacher
+    if teacher is not None and not teacher.has_weights and teacher.init is None:
+        raise ConfigError(
+            "teacher is an architecture without weights; give teacher.hf=FOLDER or "
+            "teacher.checkpoint=FOLDER, or teacher.init.from=random if random weights are meant"
         )
 
 

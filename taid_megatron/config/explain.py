@@ -95,15 +95,16 @@ def _known(loc: Sequence[int | str], section: type[Section], root: type[Section]
 
 def _elsewhere(name: str, root: type[Section]) -> list[str]:
     """Dotted keys of other sections that end in this name."""
-    return [dotted for dotted in _dotted_keys(root) if dotted.rpartition(".")[2] == name]
+    return [dotted for dotted in dotted_keys(root) if dotted.rpartition(".")[2] == name]
 
 
-def _dotted_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+def dotted_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """Every key of a section and of those inside it, as overrides write them."""
     for name, field in section.model_fields.items():
         yield prefix + name
         below = section_in(field.annotation)
         if below:
-            yield from _dotted_keys(below, f"{prefix}{name}.")
+            yield from dotted_keys(below, f"{prefix}{name}.")
 
 
 def _meaning(field: FieldInfo | None) -> str:

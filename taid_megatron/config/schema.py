@@ -135,7 +135,7 @@ class Architecture(Section):
 
 
 class Init(Section):
-    """Where the student's weights start, when not in its own checkpoint."""
+    """Where a model's weights start, when not in its own checkpoint."""
 
     source: Literal["random", "hf", "teacher"]
     """Also `from`. 'random': by run.seed; 'hf': student.hf; 'teacher': some of its layers."""
@@ -177,7 +177,9 @@ class Teacher(Section):
     checkpoint: Path | None = None
     """A checkpoint folder, or a run folder (its newest checkpoint); carries its architecture."""
     architecture: Architecture | None = None
-    """Beside hf: its shape, filled in. Alone: random weights, for tests and benchmarks."""
+    """Beside hf: its shape, filled in. Alone: enough to plan with; to train, see init."""
+    init: Init | None = None
+    """`from: random`, beside an architecture alone: random weights, for tests and benchmarks."""
     layers_per_stage: tuple[NotNegative, ...] | None = None
     """As the student's; the teacher has a split of its own."""
     precision: Literal["fp32", "bf16"] | None = None
@@ -193,7 +195,16 @@ class Teacher(Section):
             raise ValueError(
                 "'hf' needs its architecture, which config/load.py reads in the folder"
             )
+        if self.init is not None and (self.init.source != "random" or self.has_weights):
+            raise ValueError(
+                "a teacher's 'init' is 'from: random', beside an architecture alone; remove it"
+            )
         return self
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it says where its weights are."""
+        return self.hf is not None or self.checkpoint is not None
 
 
 LOSS_OPTIONS: dict[str, tuple[str, ...]] = {

@@ -24,11 +24,11 @@ def with_architectures(tree: Tree) -> Tree:
             folder = local_folder(Path(section["hf"]))
             section["hf"] = str(folder)
             _fill(section, read(folder).model_dump(mode="json"))
+        init = section.get("init")
+        if isinstance(init, dict) and "source" not in init:
+            # `from`, a word of Python's, cannot be a field's name
+            section["init"] = {"source" if name == "from" else name: init[name] for name in init}
     student, teacher = models.get("student", {}), models.get("teacher", {})
-    init = student.get("init")
-    if isinstance(init, dict) and "source" not in init:
-        # `from`, a word of Python's, cannot be a field's name
-        student["init"] = {"source" if name == "from" else name: init[name] for name in init}
     layers = _kept_layers(student)
     if layers is not None and _is_tree(teacher, "architecture"):
         _fill(student, {**teacher["architecture"], "num_layers": len(layers)})

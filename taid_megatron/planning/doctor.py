@@ -13,39 +13,22 @@ import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from taid_megatron.checkpointing.folder import find as find_checkpoint
 from taid_megatron.config.batches import train_steps
-from taid_megatron.config.checks import check
+from taid_megatron.config.checks import EngineAbilities, check
 from taid_megatron.config.errors import UserError
 from taid_megatron.config.schema import Config
+from taid_megatron.planning import stack, tokenizer_ids
 from taid_megatron.planning.shape import parameters
 
 State = Literal["ok", "note", "FAIL"]
 
-# What was run together; see pyproject.toml.
-_NEEDED = {
-    "torch": ">=2.6,<2.14",
-    "megatron-core": ">=0.16.1,<0.17",
-    "numpy": ">=1.26",
-    "psutil": ">=5.9",
-    "pydantic": ">=2.7,<3",
-}
-_OPTIONAL = {
-    "transformer-engine": ">=2.9,<2.12",
-    "apex": "",
-    "nvidia-dali-cuda130": ">=2.0",
-    "nvidia-dali-cuda120": ">=2.0",
-    "triton": "",
-    "nvidia-nccl-cu12": "",
-    "nvidia-nccl-cu13": "",
-    "transformers": "",
-}
 _SHARED_MEMORY = 1 << 30
 _OPEN_FILES = 4096
 _CHECKPOINT_BYTES = 14
@@ -68,7 +51,8 @@ def examine(config: Config | None) -> list[Finding]:
     """All findings, the machine's first, then the configuration's."""
     found = [*_python(), *_versions(), *_gpus(config), *_compiler(config), *_limits(), *_port()]
     if config is not None:
-        found += [*_configuration(config), *_data(config), *_teacher(config), *_disk(config)]
+        found += [*_configuration(config), *_data(config), *_tokenizers(config)]
+        found += [*_teacher(config), *_disk(config)]
     return found
 
 
@@ -86,17 +70,32 @@ def _python() -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    for name, wanted in _NEEDED.items():
-        version = _installed(name)
+    for name, wanted in stack.NEEDED.items():
+        version = stack.installed(name)
         if version is None:
             mend = f"pip install '{name}{wanted}'"
             yield Finding(name, "FAIL", "not installed", mend)
         else:
             yield _fits(name, version, wanted, "FAIL")
-    for name, wanted in _OPTIONAL.items():
-        version = _installed(name)
-        if version is not None:
-            yield _fits(name, version, wanted, "note")
+    for name, (_, wanted) in stack.OPTIONAL.items():
+        found = stack.optional(name)
+        if found is not None:
+            package, version = found
+            yield _other_cuda(package) or _fits(package, version, wanted, "note")
+    engine = stack.optional("Transformer Engine")
+    if engine and stack.gpu_platform() is None:
+        # megatron-core imports it where it is installed, and it raises without CUDA
+        mend = f"pip uninstall {engine[0]}, or install a CUDA build of torch"
+        yield Finding("Transformer Engine", "FAIL", "installed beside a CPU build of torch", mend)
+
+
+def _other_cuda(package: str) -> Finding | None:
+    """A package of another CUDA generation than torch's: two runtimes in one process."""
+    platform, theirs = stack.gpu_platform(), stack.cuda_of_package(package)
+    if platform is None or theirs is None or int(platform.partition(".")[0]) == theirs:
+        return None
+    mend = f"pip install the one for CUDA {platform.partition('.')[0]} instead"
+    return Finding(package, "note", f"for CUDA {theirs}, torch is built for {platform}", mend)
 
 
 def _fits(name: str, version: str, wanted: str, otherwise: State) -> Finding:
@@ -106,19 +105,19 @@ def _fits(name: str, version: str, wanted: str, otherwise: State) -> Finding:
     return Finding(name, otherwise, version, mend)
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def _abilities() -> EngineAbilities:
+    """What the machine offers. A CPU build of torch need not be imported to know: two seconds."""
+    if stack.gpu_platform() is None:
+        return EngineAbilities(
+            has_cuda=False, has_transformer_engine=False, has_apex=False, gpu_count=0
+        )
+    from taid_megatron.runtime.distributed import abilities
+
+    return abilities()
 
 
 def _gpus(config: Config | None) -> Iterator[Finding]:
-    import torch
-
-    from taid_megatron.runtime.distributed import abilities
-
-    machine = abilities()
+    machine = _abilities()
     if not machine.has_cuda:
         has_driver = shutil.which("nvidia-smi") is not None
         mend = "install a CUDA build of torch that fits the driver" if has_driver else ""
@@ -126,6 +125,8 @@ def _gpus(config: Config | None) -> Iterator[Finding]:
         found = "a driver, but none that torch can use" if has_driver else "none: runs over gloo"
         yield Finding("GPUs", state, found, mend)
         return
+    import torch
+
     names = sorted({torch.cuda.get_device_name(i) for i in range(machine.gpu_count)})
     state = "ok" if len(names) == 1 else "note"
     mend = "" if len(names) == 1 else "ranks wait for the slowest kind: use one"
@@ -145,9 +146,9 @@ def _gpus(config: Config | None) -> Iterator[Finding]:
 
 
 def _compiler(config: Config | None) -> Iterator[Finding]:
-    from taid_megatron.losses import native
-
     if config is not None and config.loss.kernel == "native":
+        from taid_megatron.losses import native
+
         try:
             native.load(required=True)
         except ValueError as error:
@@ -156,7 +157,7 @@ def _compiler(config: Config | None) -> Iterator[Finding]:
         else:
             yield Finding("native kernel", "ok", "compiled")
         return
-    if config is not None and config.loss.kernel == "triton" and _installed("triton") is None:
+    if config is not None and config.loss.kernel == "triton" and stack.installed("triton") is None:
         mend = "pip install triton, or set loss.kernel=auto"
         yield Finding("Triton kernels", "FAIL", "triton is not installed", mend)
     names = (os.environ.get("CXX"), "g++", "c++", "clang++")
@@ -200,11 +201,9 @@ def _port() -> Iterator[Finding]:
 
 
 def _configuration(config: Config) -> Iterator[Finding]:
-    from taid_megatron.runtime.distributed import abilities, world_size_from_environment
-
-    ranks = world_size_from_environment() if "WORLD_SIZE" in os.environ else None
+    ranks = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
     try:
-        check(config, ranks, engine=abilities())
+        check(config, ranks, engine=_abilities())
     except UserError as error:
         what, _, mend = str(error).rpartition("; ")
         yield Finding("configuration", "FAIL", what or str(error), mend)
@@ -215,7 +214,6 @@ def _configuration(config: Config) -> Iterator[Finding]:
 def _data(config: Config) -> Iterator[Finding]:
     from data_tools.manifest import DataError, check_indexed, read_manifest
 
-    fingerprints: dict[str, Path] = {}
     limit = config.student.architecture.vocab_size
     for part in (*config.data.blend, *(config.data.validation or ())):
         what = f"data {part.prefix}"
@@ -229,12 +227,12 @@ def _data(config: Config) -> Iterator[Finding]:
             state: State = "note" if config.data.eod_id is not None else "FAIL"
             yield Finding(what, state, "no manifest: tokenizer unknown", mend)
             continue
-        fingerprints.setdefault(manifest.tokenizer.fingerprint, part.prefix)
         if manifest.tokenizer.vocab_size > limit:
             found = f"{manifest.tokenizer.vocab_size} ids, the student knows {limit}"
             yield Finding(what, "FAIL", found, "prepare it with the models' tokenizer")
             continue
         yield Finding(what, "ok", f"{files.num_sequences:,} sequences, {manifest.tokens:,} tokens")
+    fingerprints = _fingerprints(config)
     if len(fingerprints) > 1:
         given = ", ".join(f"{prefix}: {value[:8]}" for value, prefix in fingerprints.items())
         mend = "prepare all of them with one tokenizer"
@@ -251,20 +249,70 @@ def _teacher(config: Config) -> Iterator[Finding]:
         yield Finding("teacher", "ok", str(teacher.hf))  # read with the configuration
         return
     if teacher.checkpoint is None:
-        mend = "set teacher.hf or teacher.checkpoint"
-        yield Finding("teacher", "note", "an architecture alone: random weights", mend)
+        yield Finding("teacher", "note", "an architecture alone: random weights")
         return
-    # megatron-core reads checkpoints: seconds to import, and only here
-    from taid_megatron.checkpointing import store
-
     try:
-        checkpoint = store.find(teacher.checkpoint)
-        vocabulary = checkpoint.state()["architecture"]["vocab_size"]
+        checkpoint = find_checkpoint(teacher.checkpoint)
+        state = checkpoint.state()
+        vocabulary, tokenizer = state["architecture"]["vocab_size"], state.get("tokenizer")
     except (UserError, OSError, ValueError, KeyError) as error:
         mend = "name a step_* folder, or a run folder that has one"
         yield Finding("teacher", "FAIL", f"{teacher.checkpoint}: {error}", mend)
         return
     yield Finding("teacher", "ok", f"{checkpoint.path}, {vocabulary} token ids")
+    of_data = _fingerprints(config)
+    if tokenizer is not None and of_data and tokenizer not in of_data:
+        found = f"{tokenizer[:16]}, the data's is {next(iter(of_data))[:16]}"
+        mend = "prepare the data with the tokenizer that the teacher was trained with"
+        yield Finding("teacher's tokenizer", "FAIL", found, mend)
+
+
+def _fingerprints(config: Config) -> dict[str, Path]:
+    """Of the tokenizers that made the data, with a prefix that each made."""
+    from data_tools.manifest import DataError, read_manifest
+
+    found: dict[str, Path] = {}
+    for part in (*config.data.blend, *(config.data.validation or ())):
+        try:
+            manifest = read_manifest(part.prefix)
+        except (DataError, OSError):
+            continue  # said where the data is looked at
+        if manifest is not None:
+            found.setdefault(manifest.tokenizer.fingerprint, part.prefix)
+    return found
+
+
+def _tokenizers(config: Config) -> Iterator[Finding]:
+    """The files that come with the models against the one that made the data."""
+    of_data = _fingerprints(config)
+    if len(of_data) != 1:
+        return
+    models = {"student": config.student.hf, "teacher": config.teacher and config.teacher.hf}
+    files = {name: tokenizer_ids.find(folder) for name, folder in models.items() if folder}
+    every = [file for found in files.values() for file in found]
+    the_data_s = next((file for file in every if file.fingerprint in of_data), None)
+    for name, found in files.items():
+        what = f"{name}'s tokenizer"
+        if any(file.fingerprint in of_data for file in found):
+            yield Finding(what, "ok", "the one that made the data")
+        elif not found:
+            yield Finding(what, "note", "none in its folder: not compared with the data's")
+        else:
+            yield _other_tokenizer(what, found[0], the_data_s)
+
+
+def _other_tokenizer(
+    what: str, own: tokenizer_ids.TokenizerFile, the_data_s: tokenizer_ids.TokenizerFile | None
+) -> Finding:
+    """Another file than the data's: it may hold the same ids, written another way."""
+    mend = f"prepare the data with {own.path}"
+    different = tokenizer_ids.difference(own, the_data_s) if the_data_s else None
+    if different is None:
+        found = "another file than the one that made the data; ids could not be compared"
+        return Finding(what, "note", found, mend)
+    if different:
+        return Finding(what, "FAIL", different, mend)
+    return Finding(what, "ok", "another file than the data's, the same ids")
 
 
 def _disk(config: Config) -> Iterator[Finding]:

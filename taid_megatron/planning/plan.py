@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from taid_megatron.checkpointing.folder import find as find_checkpoint
 from taid_megatron.config.batches import data_parallel_size, train_samples, train_steps
 from taid_megatron.config.checks import check_layout
 from taid_megatron.config.errors import UserError
@@ -76,11 +77,8 @@ def make(
 def _teacher_architecture(config: Config) -> Architecture | None:
     if config.teacher is None or config.teacher.architecture is not None:
         return config.teacher.architecture if config.teacher else None
-    # megatron-core reads checkpoints: seconds to import, and only here
-    from taid_megatron.checkpointing import store
-
     assert config.teacher.checkpoint is not None
-    state = store.find(config.teacher.checkpoint).state()
+    state = find_checkpoint(config.teacher.checkpoint).state()
     return Architecture.model_validate(state["architecture"])
 
 

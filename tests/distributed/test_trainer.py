@@ -194,7 +194,7 @@ def test_teacher_from_a_checkpoint_of_another_layout(config, tmp_path) -> None:
         *("parallel.tensor=2", *wide),
         save=True,
     )
-    teacher = ("teacher.architecture=null", f"teacher.checkpoint={tmp_path / 'teacher'}")
+    teacher = (f"teacher={{checkpoint: {tmp_path / 'teacher'}}}",)
     one = toy.train(config, tmp_path / "one", 1, *teacher)
     two = toy.train(config, tmp_path / "two", 2, *teacher, "parallel.pipeline=2")
 

@@ -56,7 +56,8 @@ def write_config(folder: Path) -> Path:
                 "hidden_size": 64,
                 "ffn_hidden_size": 128,
                 "init_method_std": 0.1,
-            }
+            },
+            "init": {"from": "random"},
         },
         "training": {
             "micro_batch_size": 1,

@@ -163,7 +163,7 @@ def test_another_tokenizer_than_the_teachers_or_the_checkpoints_is_refused(
     with pytest.raises(ConfigError, match=r"teacher\.checkpoint: .* of the tokenizer b{32}"):
         toy.train(
             *(config, tmp_path / "student", 1, f"data.blend={ours}", *one_step),
-            *("teacher.architecture=null", f"teacher.checkpoint={tmp_path / 'teacher'}"),
+            f"teacher={{checkpoint: {tmp_path / 'teacher'}}}",
         )
     assert not (tmp_path / "student").exists()  # before anything was built
     with pytest.raises(ConfigError, match=r"data\.blend is of the tokenizer a{32}"):

@@ -61,6 +61,21 @@ def test_pair(tmp_path):
     assert {row["version"] for row in found["rows"]} >= {"transformers", "taid-megatron"}
 
 
+def test_timeline(tmp_path):
+    """Two ranks; what the schedule did is checked by tests/distributed/test_plan_timeline.py."""
+    sizes = ("--student", "2x16", "--teacher", "4x32", "--vocabulary", "64", "--batch", "1")
+    sizes += ("--seq-length", "16", "--micro-batches", "3", "--calibration", "1", "--rounds", "1")
+    found = run("timeline.py", tmp_path / "timeline.json", *sizes)
+    even, balanced = found["rows"]
+    assert (even["student_layers"], even["teacher_layers"]) == ([1, 1], [2, 2])
+    assert sum(balanced["student_layers"]) == 2
+    assert sum(balanced["teacher_layers"]) == 4
+    for row in found["rows"]:
+        # waiting is left out of what the simulation is given, so it cannot be longer
+        assert 0 < row["simulated_to_measured"] < 1.05
+        assert min(*row["forward_seconds"], *row["backward_seconds"]) > 0
+
+
 def test_the_runner_names_the_benchmarks_it_knows():
     runner = (BENCHMARKS / "run.sh").read_text()
     for script in BENCHMARKS.glob("*.py"):

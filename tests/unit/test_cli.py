@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +16,7 @@ import typer
 
 import taid_megatron
 from data_tools.manifest import DataError
-from taid_megatron import cli
+from taid_megatron import cli, manual
 from taid_megatron.config.errors import UserError
 
 RUN = """
@@ -60,8 +62,10 @@ def trainer(monkeypatch):
         (["train", "{run}", "training.seq_len=5"], ["training.seq_len", "training.seq_length?"]),
         (["train", "{run}", "seq_length"], ["override 'seq_length'", "section.key=value"]),
         (["train"], ["Missing argument 'CONFIG'", "--help"]),
-        (["trian"], ["No such command 'trian'", "--help"]),
-        (["train", "{run}", "--fast"], ["No such option", "--fast", "--help"]),
+        (["trian"], ["No such command 'trian'. Did you mean 'train'? see taid-megatron --help"]),
+        (["train", "{run}", "--fast"], ["No such option: --fast; see taid-megatron train --help"]),
+        (["quickstart", "--fres"], ["--fres. Did you mean --fresh? see"]),
+        (["train", "{run}", "optimiser.lr=1"], ["did you mean optimizer?"]),
         ([], ["Missing command", "--help"]),
     ],
 )
@@ -100,12 +104,81 @@ def test_a_bad_configuration_is_refused_fast_and_without_torch(run_yaml: Path):
     assert float(seconds) < 1
 
 
-def test_version_and_help_exit_0():
-    done = command("--version")
-    assert (done.returncode, done.stdout) == (0, f"taid-megatron {taid_megatron.__version__}\n")
-    help_text = command("--help")
-    assert help_text.returncode == 0
-    assert all(name in help_text.stdout for name in ("train", "quickstart"))
+def test_version_names_the_whole_stack_and_what_is_missing_without_importing_it(monkeypatch):
+    done = python(
+        "import sys; from taid_megatron.cli import main; from taid_megatron.planning import stack\n"
+        "real = stack.installed; stack.installed = lambda name: name != 'apex' and real(name)\n"
+        "code = main(['--version'])\n"
+        "print(code, {'torch', 'megatron', 'numpy', 'transformers'} & set(sys.modules))"
+    )
+    *lines, last = done.stdout.splitlines()
+    found = dict(line.split(maxsplit=1) for line in lines if len(line.split()) == 2)
+    assert last == "0 set()"
+    assert found["taid-megatron"] == taid_megatron.__version__
+    assert found["torch"] == metadata.version("torch")
+    assert found["megatron-core"] == metadata.version("megatron-core")
+    assert any(line.split() == ["Apex", "not", "installed"] for line in lines)
+
+
+COMMANDS = sorted(info.name or info.callback.__name__ for info in cli.app.registered_commands)
+
+
+def test_every_command_has_a_manual_with_examples_plain_when_piped(capsys):
+    for name in ("", *COMMANDS):
+        assert cli.main([name, "--help"] if name else ["--help"]) == 0
+        text = capsys.readouterr().out
+        assert f"Usage: taid-megatron {name}".rstrip() in text
+        assert "\x1b" not in text
+        if name:
+            lines = text.partition("Examples:\n")[2].splitlines()
+            assert lines, name
+            assert all(f" {name} " in line or line.endswith(f" {name}") for line in lines), lines
+        else:
+            assert all(f"  {command} " in text for command in COMMANDS)
+            assert "..." not in text.partition("Commands:")[2].partition("Where")[0]
+
+
+def test_the_examples_are_command_lines_that_parse(capsys, monkeypatch):
+    """Options of the manual exist: each line is parsed, its command replaced."""
+    seen = []
+    for info in cli.app.registered_commands:
+        monkeypatch.setattr(info, "callback", recorded(info.callback, seen))
+    lines = [line for lines in manual._EXAMPLES.values() for line in lines]
+    for line in lines:
+        if "launch/torchrun.sh" not in line:
+            words = line.replace("-m taid_megatron", "taid-megatron").split("taid-megatron ")[1]
+            assert cli.main(words.split()) == 0, (line, capsys.readouterr().err)
+    assert set(COMMANDS) <= set(seen)
+
+
+def recorded(callback, seen):
+    @functools.wraps(callback)
+    def call(**options):
+        seen.append(callback.__name__.rstrip("_"))
+        return 0
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("taid-megatron tr", {"train"}),
+        ("taid-megatron quickstart --fr", {"--fresh"}),
+        ("taid-megatron train run.yaml optimizer.warm", {"optimizer.warmup_steps="}),
+    ],
+)
+def test_a_shell_completes_commands_options_and_keys(words, expected):
+    count = len(words.split()) - 1
+    asked = {"_TAID_MEGATRON_COMPLETE": "complete_bash", "COMP_WORDS": words}
+    done = command(**asked, COMP_CWORD=str(count))
+    assert set(done.stdout.split()) == expected, done.stderr
+
+
+def test_bash_takes_the_completion_script():
+    script = f'eval "$({sys.executable} -m taid_megatron --show-completion)"; complete -p'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("taid-megatron\n"), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("code", [0, 75])

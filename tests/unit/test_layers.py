@@ -21,7 +21,7 @@ PACKAGES = ("taid_megatron", "data_tools")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("quickstart",),
+    ("manual", "quickstart"),
     ("evaluation",),
     ("training",),
     ("conversion", "planning"),

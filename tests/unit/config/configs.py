@@ -15,7 +15,10 @@ def values(folder: Path | str = "run", **changes: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "run": {"folder": str(folder)},
         "student": {"architecture": dict(SHAPE, ffn_hidden_size=128)},
-        "teacher": {"architecture": dict(SHAPE, ffn_hidden_size=256)},
+        "teacher": {
+            "architecture": dict(SHAPE, ffn_hidden_size=256),
+            "init": {"source": "random"},
+        },
         "training": {"global_batch_size": 16, "seq_length": 32, "steps": 100},
         "optimizer": {"lr": 1e-3},
         "data": {"blend": ["corpus"]},

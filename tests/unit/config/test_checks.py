@@ -201,6 +201,11 @@ CLASHES: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
         ["loss.name=taid needs a teacher", "teacher.checkpoint", "loss.name=cross_entropy"],
         {"loss__name": "cross_entropy"},
     ),
+    "a teacher without weights": (
+        {"teacher": {"architecture": SHAPE}},
+        ["teacher is an architecture without weights", "teacher.hf=FOLDER", "init.from=random"],
+        {"teacher": {"architecture": SHAPE, "init": {"source": "random"}}},
+    ),
     "no such checkpoint": (
         {"teacher": {"checkpoint": "nowhere"}},
         ["teacher.checkpoint=nowhere: no such folder", "give a checkpoint folder"],

@@ -248,6 +248,11 @@ def test_layers_of_the_teacher_make_a_student(tmp_path: Path):
             None,
             "'layers' goes with",
         ),
+        (
+            {"architecture": SHAPE},
+            {"hf": "HF", "init": {"from": "random"}},
+            "'init' is 'from: random', beside an architecture alone",
+        ),
         ({"architecture": {**SHAPE, "num_moe_experts": 4}}, None, "a teacher, not a student"),
         ({"hf": "no/such/folder"}, None, "no such folder"),
     ],
