@@ -489,6 +489,10 @@ class Checkpoint(Section):
     strict: bool = False
     """Refuse to start where the newest checkpoint, or the pointer to it, is damaged; false: go on
     from the newest one that is sound, with a warning and a record in metrics.jsonl."""
+    accept_changes: bool = False
+    """Go on although settings that change the training (optimizer, batch, length, data, seed, loss,
+    teacher) are others than in the checkpoint; the differences are said and kept in
+    metrics.jsonl. False: refuse."""
 
 
 class Engine(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,6 @@ class Trainer:
     """The checkpoint that the run goes on from."""
     lock: RunLock | None = None
     """On the main rank: the run folder's, to be held when it writes."""
-    faults: list[str] = field(default_factory=list)
-    """What was wrong with newer checkpoints, at the resume."""
 
     @property
     def students(self) -> list[GPTStage]:
