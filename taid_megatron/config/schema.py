@@ -483,6 +483,12 @@ class Checkpoint(Section):
     """Checkpoints that stay, the last so many; none: all. The one resumed from always stays."""
     keep_every: Positive | None = None
     """With keep: those of every n-th step stay as well."""
+    asynchronous: bool = False
+    """Train on while a process beside each rank writes its part of a save. Training then stands
+    still for a copy in host memory alone, which needs room: what the rank's files will take."""
+    writer_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that an asynchronous save may take to be written; one that takes longer, or whose
+    process dies, ends the run on all ranks."""
     verify: Literal["fast", "full"] = "fast"
     """What is checked before loading: 'fast' the manifest, all sizes and the hashes of all files
     but the shards, 'full' the shards' hashes too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -22,17 +23,30 @@ from taid_megatron.runtime.random_state import get_random_state, set_random_stat
 from taid_megatron.training.evaluation import gathered_weights
 from taid_megatron.training.setup import Trainer, tokenizer_fingerprint
 
+_LONG_WAIT_SECONDS = 1.0
 _OR_ELSE = "set it back, or name another run.folder"
 # In the optimizer's parameter groups: what the configuration says. A loaded state brings its own.
 _SETTINGS = ("lr", "betas", "eps", "weight_decay", "max_lr", "min_lr", "start_wd", "end_wd")
 
 
 def save(trainer: Trainer) -> None:
-    """Write and publish a checkpoint of the step just done; on every rank."""
+    """Write a checkpoint of the step just done; on every rank.
+
+    With checkpoint.asynchronous it is a copy in memory that is taken here: `publish_written` looks
+    after the rest, step by step, and `finish` waits for it.
+    """
     config, lock = trainer.config, trainer.lock
+    started = time.monotonic()
+    finish(trainer)  # one save at a time
+    if (waited := time.monotonic() - started) > _LONG_WAIT_SECONDS:
+        get_logger().warning(
+            f"step {trainer.step}: waited {waited:.0f} s for the save before to be written; raise "
+            "checkpoint.every"
+        )
     on_first_rank(lambda: lock.check() if lock else None)
+    settings = config.checkpoint
     with gathered_weights(trainer.stages):
-        path = store.save(
+        trainer.saving = store.begin(
             config.run.folder / "checkpoints",
             trainer.step,
             stages=trainer.students,
@@ -40,12 +54,47 @@ def save(trainer: Trainer) -> None:
             random_state=get_random_state(),
             state=_state(trainer) if trainer.world.is_main else {},
             retention=store.Retention(
-                keep=config.checkpoint.keep,
-                every=config.checkpoint.keep_every,
-                in_use=trainer.resumed_from,
+                keep=settings.keep, every=settings.keep_every, in_use=trainer.resumed_from
             ),
+            writer_timeout=settings.writer_timeout if settings.asynchronous else None,
         )
+    if not settings.asynchronous:
+        finish(trainer)
+
+
+def publish_written(trainer: Trainer) -> None:
+    """Publish the save under way, where there is one and every rank's part of it is written.
+
+    To be called on every rank once per step; costs one small all-reduce while a save is under way.
+    Raises on all ranks where a writer failed, died or is stuck.
+    """
+    if trainer.saving is not None and trainer.saving.written():
+        _publish(trainer, trainer.saving)
+
+
+def finish(trainer: Trainer) -> None:
+    """Wait for the save under way, at most checkpoint.writer_timeout, and publish it."""
+    if trainer.saving is not None:
+        trainer.saving.wait()
+        _publish(trainer, trainer.saving)
+
+
+def _publish(trainer: Trainer, saving: store.PendingSave) -> None:
+    lock = trainer.lock
+    on_first_rank(lambda: lock.check() if lock else None)
+    path = saving.publish()
+    trainer.saving = None
     say(f"checkpoint: {path}")
+
+
+@contextmanager
+def no_save_left(trainer: Trainer) -> Iterator[None]:
+    """At the end, whatever ended it, no writer of this rank runs on."""
+    try:
+        yield
+    finally:
+        if trainer.saving is not None:
+            trainer.saving.abandon()
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from taid_megatron.data.loader import DistributedBatches
 from taid_megatron.runtime import distributed
 from taid_megatron.runtime.distributed import World, any_of, on_first_rank
 from taid_megatron.runtime.log import get_logger, say
+from taid_megatron.training import checkpoints
 from taid_megatron.training.checkpoints import resume as _resume
 from taid_megatron.training.checkpoints import save as _save
 from taid_megatron.training.evaluation import evaluate
@@ -80,7 +81,7 @@ def _run(trainer: Trainer, signals: Signals) -> int:
         keep_tokenizer(config)
     dist.barrier()
     batches, validation = build_batches(trainer)
-    with batches, _metrics(trainer) as metrics:
+    with batches, _metrics(trainer) as metrics, checkpoints.no_save_left(trainer):
         if metrics is not None and resumed:
             metrics.log({"step": trainer.step, **resumed})
         return _train(trainer, batches, validation, metrics, signals)
@@ -130,8 +131,11 @@ def _train(
                 record |= {"step": trainer.step, **_held_out(trainer, validation)}
             if metrics is not None and record:
                 metrics.log(record)
+            checkpoints.publish_written(trainer)
             if last or _due(config.checkpoint.every, trainer):
                 _save(trainer)
+            if last:
+                checkpoints.finish(trainer)
             if _due(config.training.gc_interval, trainer):
                 gc.collect()
             if stopped and trainer.step < last_step:

@@ -62,6 +62,8 @@ class Trainer:
     """The checkpoint that the run goes on from."""
     lock: RunLock | None = None
     """On the main rank: the run folder's, to be held when it writes."""
+    saving: store.PendingSave | None = None
+    """A save that is still being written."""
 
     @property
     def students(self) -> list[GPTStage]:
