@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,19 +38,12 @@ _ALLOWED = {
     },
     "collections": {"OrderedDict"},
 }
+_SHARD = re.compile(r"__\d+_\d+\.distcp")
 _MEND = "nothing of it was run; load only checkpoints that this system saved"
 
 
-class UnlistedNameError(pickle.UnpicklingError):
-    """A pickle asks for something that the format does not consist of: `name`, module included."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"it asks for {name}")
-        self.name = name
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """Gives out what a checkpoint's metadata consists of. Raises UnlistedNameError."""
+class _MetadataUnpickler(pickle.Unpickler):
+    """Gives out what a checkpoint's metadata consists of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         """The class, where it is one of the format's own."""
@@ -57,18 +51,18 @@ class MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
             return value
-        raise UnlistedNameError(f"{module}.{name}")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def read_metadata(path: Path) -> Metadata:
     """A checkpoint's `.metadata`. Raises UserError where it holds, or points to, anything else."""
     try:
         with path.open("rb") as file:
-            metadata = MetadataUnpickler(file).load()
+            metadata = _MetadataUnpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"a {type(metadata).__name__} is no metadata")
         for entry in (metadata.storage_data or {}).values():
-            if entry.relative_path != Path(entry.relative_path).name:
+            if not _SHARD.fullmatch(entry.relative_path):
                 raise pickle.UnpicklingError(f"it points to {entry.relative_path!r}")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; use another checkpoint") from error

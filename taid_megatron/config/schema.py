@@ -502,12 +502,22 @@ class Checkpoint(Section):
     """Checkpoints that stay, the last so many; none: all. The one resumed from always stays."""
     keep_every: Positive | None = None
     """With keep: those of every n-th step stay as well."""
+    asynchronous: bool = False
+    """Train on while a process beside each rank writes its part of a save. Training then stands
+    still for a copy in host memory alone, which needs room: what the rank's files will take."""
+    writer_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that an asynchronous save may take to be written; one that takes longer, or whose
+    process dies, ends the run on all ranks."""
     verify: Literal["fast", "full"] = "fast"
     """What is checked before loading: 'fast' the manifest, all sizes and the hashes of all files
     but the shards, 'full' the shards' hashes too."""
     strict: bool = False
     """Refuse to start where the newest checkpoint, or the pointer to it, is damaged; false: go on
     from the newest one that is sound, with a warning and a record in metrics.jsonl."""
+    accept_changes: bool = False
+    """Go on although settings that change the training (optimizer, batch, length, data, seed, loss,
+    teacher) are others than in the checkpoint; the differences are said and kept in
+    metrics.jsonl. False: refuse."""
 
 
 class Engine(Section):

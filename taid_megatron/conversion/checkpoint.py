@@ -9,7 +9,6 @@ it, so memory is bounded by the region and one chunk.
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from taid_megatron.checkpointing.unpickle import MetadataUnpickler, UnlistedNameError
+from taid_megatron.checkpointing.unpickle import read_metadata
 from taid_megatron.config.errors import UserError
 from taid_megatron.config.schema import Architecture
 from taid_megatron.conversion.families import local_name, megatron_table
@@ -151,18 +150,7 @@ class _Region(LoadPlanner):
 
 
 class _Reader(FileSystemReader):
-    """torch's reader, whose metadata is a pickle: it may name what such metadata consists of."""
+    """torch's reader, whose metadata is a pickle: read as a load reads it, running nothing."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            with path.open("rb") as file:
-                metadata = MetadataUnpickler(file).load()
-        except UnlistedNameError as error:
-            why = f"it names {error.name}, which is no metadata"
-            raise UserError(f"{path}: not read ({why}); take another checkpoint") from None
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-            raise UserError(f"{path}: not read ({error}); take another checkpoint") from None
-        if not isinstance(metadata, Metadata):
-            raise UserError(f"{path}: holds no metadata; take another checkpoint")
-        return metadata
+        return read_metadata(Path(self.path) / ".metadata")

@@ -15,20 +15,18 @@ import torch.distributed as dist
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from torch.utils.data import Dataset
 
-from taid_megatron import __version__
-from taid_megatron.checkpointing import store
 from taid_megatron.config.batches import global_batch_size_at
 from taid_megatron.config.checks import check
-from taid_megatron.config.errors import ConfigError
-from taid_megatron.config.hf import differing
 from taid_megatron.config.load import dump
-from taid_megatron.config.schema import Architecture, Config
+from taid_megatron.config.schema import Config
 from taid_megatron.data.loader import DistributedBatches
 from taid_megatron.runtime import distributed
 from taid_megatron.runtime.distributed import World, any_of, on_first_rank
 from taid_megatron.runtime.log import get_logger, say
-from taid_megatron.runtime.random_state import get_random_state, set_random_state
-from taid_megatron.training.evaluation import evaluate, gathered_weights
+from taid_megatron.training import checkpoints
+from taid_megatron.training.checkpoints import resume as _resume
+from taid_megatron.training.checkpoints import save as _save
+from taid_megatron.training.evaluation import evaluate
 from taid_megatron.training.metrics import MetricsWriter
 from taid_megatron.training.objectives import TrainingObjective
 from taid_megatron.training.profiling import Profiler
@@ -39,12 +37,9 @@ from taid_megatron.training.setup import (
     check_tokenizer,
     keep_tokenizer,
     teacher_architecture,
-    tokenizer_fingerprint,
 )
 from taid_megatron.training.stopping import STOPPED, RunLock, Signals, recorded
 from taid_megatron.training.watchdog import Watchdog
-
-_OR_ELSE = "set it back, or name another run.folder"
 
 
 class NonFiniteError(RuntimeError):
@@ -101,16 +96,15 @@ def _watchdog(config: Config, world: World, lock: RunLock | None) -> Watchdog:
 def _run(trainer: Trainer, signals: Signals) -> int:
     """Resume, train, and return the exit code."""
     config = trainer.config
-    _resume(trainer)
+    resumed = _resume(trainer)
     if trainer.world.is_main:
         (config.run.folder / "config.yaml").write_text(dump(config))
         keep_tokenizer(config)
     dist.barrier()
     batches, validation = build_batches(trainer)
-    with batches, _metrics(trainer) as metrics:
-        if metrics is not None and trainer.faults:
-            faults = "; ".join(trainer.faults)
-            metrics.log({"step": trainer.step, "checkpoint_faults": faults})
+    with batches, _metrics(trainer) as metrics, checkpoints.no_save_left(trainer):
+        if metrics is not None and resumed:
+            metrics.log({"step": trainer.step, **resumed})
         return _train(trainer, batches, validation, metrics, signals)
 
 
@@ -161,9 +155,12 @@ def _train(
                 record |= {"step": trainer.step, **_held_out(trainer, validation)}
             if metrics is not None and record:
                 metrics.log(record)
+            checkpoints.publish_written(trainer)
             if last or _due(config.checkpoint.every, trainer):
                 watch.phase(f"the save of step {trainer.step}")
                 _save(trainer)
+            if last:
+                checkpoints.finish(trainer)
             if _due(config.training.gc_interval, trainer):
                 gc.collect()
             if stopped and trainer.step < last_step:
@@ -305,117 +302,6 @@ def _due(every: int | None, trainer: Trainer) -> bool:
 
 def _held_out(trainer: Trainer, validation: Dataset) -> dict[str, float]:
     return {f"held_out_{name}": value for name, value in evaluate(trainer, validation).items()}
-
-
-def _save(trainer: Trainer) -> None:
-    config, lock = trainer.config, trainer.lock
-    on_first_rank(lambda: lock.check() if lock else None)
-    with gathered_weights(trainer.stages):
-        path = store.save(
-            config.run.folder / "checkpoints",
-            trainer.step,
-            stages=trainer.students,
-            optimizer=trainer.optimizer,
-            random_state=get_random_state(),
-            state={
-                "format": 1,
-                "consumed_samples": trainer.consumed_samples,
-                "taid": trainer.schedule.state_dict() if trainer.schedule else None,
-                "ctkd": trainer.temperature.state_dict() if trainer.temperature else None,
-                "architecture": config.student.architecture.model_dump(mode="json"),
-                "seq_length": config.training.seq_length,
-                "tokenizer": tokenizer_fingerprint(config),
-                "layout": _layout(trainer),
-                "distributed_optimizer": config.parallel.distributed_optimizer,
-                "versions": {"taid_megatron": __version__, "torch": torch.__version__},
-            },
-            retention=store.Retention(
-                keep=config.checkpoint.keep,
-                every=config.checkpoint.keep_every,
-                in_use=trainer.resumed_from,
-            ),
-        )
-    say(f"checkpoint: {path}")
-
-
-def _layout(trainer: Trainer) -> dict[str, Any]:
-    parallel = trainer.config.parallel.model_dump(mode="json")
-    sizes = {name: parallel[name] for name in ("tensor", "pipeline", "virtual_pipeline", "context")}
-    return {**sizes, "world_size": trainer.world.size, "device": trainer.world.device.type}
-
-
-def _resume(trainer: Trainer) -> None:
-    """Go on from the newest sound checkpoint of the run folder, where there is one."""
-    config = trainer.config
-    folder = config.run.folder / "checkpoints"
-    if not config.checkpoint.resume and (there := store.newest(folder)):
-        # starting over beside it would leave two runs' checkpoints to be taken for one
-        raise ConfigError(
-            f"checkpoint.resume is false and {there.path} is there: name another run.folder, "
-            "or move this one away"
-        )
-    checkpoint, trainer.faults = store.choose(
-        folder, verify=config.checkpoint.verify, strict=config.checkpoint.strict
-    )
-    if checkpoint is None:
-        return
-    for fault in trainer.faults:
-        get_logger().warning(f"passed over: {fault}")
-    trainer.resumed_from = checkpoint.path
-    state = checkpoint.state()
-    _refuse_other_model(config, state, checkpoint)
-    same_layout = state["layout"] == _layout(trainer)
-    restored = store.load(
-        checkpoint,
-        stages=trainer.students,
-        optimizer=trainer.optimizer,
-        random_state=get_random_state() if same_layout else None,
-    )
-    if restored is not None:
-        set_random_state(restored)
-    trainer.step = checkpoint.step
-    trainer.consumed_samples = state["consumed_samples"]
-    trainer.lr_schedule.step(trainer.step)
-    for name, schedule in (("taid", trainer.schedule), ("ctkd", trainer.temperature)):
-        if schedule is None:
-            continue
-        try:
-            schedule.load_state_dict(state[name])
-        except ValueError as error:
-            message = f"{name} does not fit {checkpoint.path}: {error}; {_OR_ELSE}"
-            raise ConfigError(message) from error
-    layout = "" if same_layout else " (another layout: dropout draws anew from the seed)"
-    say(f"resuming {checkpoint.path} after step {trainer.step}{layout}")
-
-
-def _refuse_other_model(
-    config: Config, state: dict[str, Any], checkpoint: store.Checkpoint
-) -> None:
-    saved, wanted = Architecture.model_validate(state["architecture"]), config.student.architecture
-    if name := differing(saved, wanted):
-        raise ConfigError(
-            f"student.architecture.{name} is {getattr(wanted, name)}, {checkpoint.path} has "
-            f"{getattr(saved, name)}: {_OR_ELSE}"
-        )
-    for name, what in (("taid", "TAID schedule"), ("ctkd", "CTKD temperature")):
-        saved_one = state.get(name) is not None
-        if saved_one != (config.loss.name == name):
-            raise ConfigError(
-                f"loss.name is {config.loss.name}, {checkpoint.path} "
-                f"{'has a' if saved_one else 'has no'} {what}: {_OR_ELSE}"
-            )
-    theirs, ours = state.get("tokenizer"), tokenizer_fingerprint(config)
-    if theirs is not None and ours is not None and theirs != ours:
-        raise ConfigError(
-            f"data.blend is of the tokenizer {ours}, {checkpoint.path} was trained on data of "
-            f"{theirs}: {_OR_ELSE}"
-        )
-    if state["distributed_optimizer"] != config.parallel.distributed_optimizer:
-        raise ConfigError(
-            f"parallel.distributed_optimizer is {config.parallel.distributed_optimizer}, "
-            f"{checkpoint.path} was saved with {state['distributed_optimizer']}, and the state of "
-            f"one does not load into the other: {_OR_ELSE}"
-        )
 
 
 @contextmanager

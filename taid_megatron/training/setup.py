@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ class Trainer:
     """Told where the run is, so that a rank that hangs is noticed."""
     recent_losses: RecentLosses = field(default_factory=RecentLosses)
     """What the next loss is held against, to record its leaps."""
-    faults: list[str] = field(default_factory=list)
-    """What was wrong with newer checkpoints, at the resume."""
+    saving: store.PendingSave | None = None
+    """A save that is still being written."""
 
     @property
     def students(self) -> list[GPTStage]:

@@ -202,7 +202,7 @@ def test_a_checkpoint_that_names_code_is_not_read(checkpoints, tmp_path, capsys)
     (step / manifest.MANIFEST).unlink()
     manifest.write(step, manifest.record(step.iterdir()))  # hashes that fit, as an attacker's would
     assert main(["export", str(copy), "--out", str(tmp_path / "out")]) == 2
-    assert "it names pathlib.PosixPath, which is no metadata" in capsys.readouterr().err
+    assert ".metadata: refused, it asks for pathlib.PosixPath" in capsys.readouterr().err
 
 
 def test_ranks_share_the_files(sources, checkpoints, tmp_path) -> None:

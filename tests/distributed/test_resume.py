@@ -104,7 +104,10 @@ def test_resume_on_another_layout_goes_on_alike(
         (("loss.name=forward_kl", *SHARDED), "loss.name is forward_kl"),
         ((), "parallel.distributed_optimizer is False"),
         (("checkpoint.resume=false", *SHARDED), "step_00000020 is there"),
-        (("taid.t_start=0.1", "taid.t_end=0.2", *SHARDED), "taid does not fit"),
+        (
+            ("taid.t_start=0.1", "taid.t_end=0.2", "checkpoint.accept_changes=true", *SHARDED),
+            "taid does not fit",
+        ),
     ],
 )
 def test_resume_of_something_else_is_refused(config, sharded_run, overrides, named) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from taid_megatron.checkpointing import manifest, store, unpickle
 from taid_megatron.config.errors import UserError
+from taid_megatron.conversion.checkpoint import open_checkpoint
 
 from ..distributed import toy
 from ..distributed.ranks import run_ranks
@@ -60,10 +62,13 @@ def _in_a_shard(folder: Path, canary: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def _outside(folder: Path, canary: Path) -> None:
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    next(iter(metadata.storage_data.values())).relative_path = "../secret"
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+def _outside(place: str) -> Callable[[Path, Path], None]:
+    def spoil(folder: Path, canary: Path) -> None:
+        metadata = pickle.loads((folder / ".metadata").read_bytes())
+        next(iter(metadata.storage_data.values())).relative_path = place
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    return spoil
 
 
 CASES = {
@@ -71,7 +76,9 @@ CASES = {
     "instead-of-metadata": (_instead_of_metadata, r"\.metadata: refused, it asks for posix"),
     "common": (_in_common, r"common\.pt: refused, .*GLOBAL posix"),
     "shard": (_in_a_shard, r"_extra_state.*: refused, .*GLOBAL posix"),
-    "outside": (_outside, r"\.metadata: refused, it points to '\.\./secret'"),
+    "above": (_outside("../secret"), r"\.metadata: refused, it points to '\.\./secret'"),
+    "absolute": (_outside("/etc/passwd"), r"\.metadata: refused, it points to '/etc/passwd'"),
+    "parent": (_outside(".."), r"\.metadata: refused, it points to '\.\.'"),
 }
 
 
@@ -109,6 +116,12 @@ def test_a_checkpoint_that_would_run_code_is_refused(config, straight, tmp_path)
         with pytest.raises(UserError, match=expected):
             raise UserError(text)
         assert "nothing of it was run" in text, name
+    # an export or an evaluation reads tensor by tensor, and its metadata no less carefully
+    for folder, (_, expected) in zip(folders[1:], CASES.values(), strict=True):
+        if "metadata" in expected:
+            with pytest.raises(UserError, match=expected):
+                open_checkpoint(Path(folder))
+    assert not canary.exists()
 
 
 @pytest.mark.parametrize("flatten", [True, False])
