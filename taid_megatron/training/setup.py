@@ -21,6 +21,7 @@ from taid_megatron.config.weights import source
 from taid_megatron.conversion import companions
 from taid_megatron.conversion.checkpoint import import_checkpoint
 from taid_megatron.conversion.hf_import import import_hf
+from taid_megatron.data import dali_reader
 from taid_megatron.data.datasets import build_datasets
 from taid_megatron.data.inspection import inspect
 from taid_megatron.data.loader import DistributedBatches
@@ -284,6 +285,7 @@ def build_batches(
         dp_size=world.groups.dp.size(),
         consumed_samples=trainer.consumed_samples,
         prefetch=config.data.prefetch,
+        transport=dali_reader.through_dali if config.data.reader == "dali" else None,
     )
     return batches, validation
 
