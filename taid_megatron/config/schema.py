@@ -472,8 +472,9 @@ class Data(Section):
     """Training data: prefixes, or {prefix, weight} parts."""
     validation: Blend | None = None
     """Held-out data; none: no evaluation."""
-    reader: Literal["gpt"] = "gpt"
-    """'gpt': megatron-core's GPTDataset, sequences packed across documents."""
+    reader: Literal["gpt", "dali"] = "gpt"
+    """'gpt': megatron-core's GPTDataset, sequences packed across documents; 'dali': the same
+    samples through an NVIDIA DALI pipeline, copied to the GPU ahead (needs the extra `dali`)."""
     verify: Literal["fast", "full"] = "fast"
     """What is checked before the first step: 'fast' the index and its hash, and token ids in 64
     places; 'full' every token id and the tokens' hash too (reads all of the data once)."""

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Protocol
 
 import torch
 
 MicroBatch = dict[str, torch.Tensor]
+
+Transport = Callable[[Iterator[MicroBatch], int | None], Iterator[MicroBatch]]
+"""Micro-batches as they were read, and this rank's CUDA device or None, to those a step takes."""
 
 _DTYPES = {
     "tokens": torch.int64,
@@ -50,6 +53,7 @@ class DistributedBatches:
     dataset: samples of `tokens`, `labels`, `loss_mask`, `position_ids` and, if it has them,
     `document_ids`, each [S]; other keys are left out. consumed_samples: of all ranks together, so
     far; the whole state. prefetch: micro-batches that a background thread keeps ready; 0: none.
+    transport: how they leave that thread (default: in pinned memory where CUDA is available).
     Close it, or use it as a context manager.
     """
 
@@ -62,6 +66,7 @@ class DistributedBatches:
         dp_size: int,
         consumed_samples: int = 0,
         prefetch: int = 8,
+        transport: Transport | None = None,
     ):
         if micro_batch_size < 1 or prefetch < 0 or not 0 <= dp_rank < dp_size:
             raise ValueError(
@@ -73,6 +78,7 @@ class DistributedBatches:
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.prefetch = prefetch
+        self.transport = transport or pinned
         self._stream: Iterator[MicroBatch] | _Prefetcher | None = None
         self._consumed_samples = 0
         self.seek(consumed_samples)
@@ -123,9 +129,9 @@ class DistributedBatches:
         """This rank's micro-batches of the next optimizer step, and moves on by the global batch.
 
         Each: tokens, labels, position_ids int64 [b, S]; loss_mask float32 [b, S]; document_ids
-        int32 [b, S] if the dataset has them; pinned where CUDA is available. What the dataset
-        raises is raised here, and nothing is consumed. ValueError: an uneven global batch, or the
-        end of the data.
+        int32 [b, S] if the dataset has them; where they lie is the transport's matter. What the
+        dataset raises is raised here, and nothing is consumed. ValueError: an uneven global batch,
+        or the end of the data.
         """
         ids = self.sample_ids(global_batch_size)
         if self._stream is None:
@@ -134,8 +140,9 @@ class DistributedBatches:
                 first=ids.start + self.dp_rank * self.micro_batch_size,
                 stride=self.micro_batch_size * self.dp_size,
                 size=self.micro_batch_size,
-                pin_device=torch.cuda.current_device() if torch.cuda.is_available() else None,
             )
+            device = torch.cuda.current_device() if torch.cuda.is_available() else None
+            micro_batches = self.transport(micro_batches, device)
             self._stream = (
                 _Prefetcher(micro_batches, self.prefetch) if self.prefetch else micro_batches
             )
@@ -156,15 +163,20 @@ class DistributedBatches:
 
 
 def _micro_batches(
-    dataset: MapDataset, *, first: int, stride: int, size: int, pin_device: int | None
+    dataset: MapDataset, *, first: int, stride: int, size: int
 ) -> Iterator[MicroBatch]:
     """One rank's micro-batches up to the last whole one. They do not depend on the global batch."""
-    if pin_device is not None:
-        # A new thread starts on device 0: every rank would open a context there to pin memory.
-        torch.cuda.set_device(pin_device)
     for start in range(first, len(dataset) - size + 1, stride):
-        batch = _stack([dataset[number] for number in range(start, start + size)])
-        if pin_device is not None:
+        yield _stack([dataset[number] for number in range(start, start + size)])
+
+
+def pinned(batches: Iterator[MicroBatch], device: int | None) -> Iterator[MicroBatch]:
+    """The same micro-batches, in memory that a GPU copies from while it computes."""
+    if device is not None:
+        # A new thread starts on device 0: every rank would open a context there to pin memory.
+        torch.cuda.set_device(device)
+    for batch in batches:
+        if device is not None:
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         yield batch
 

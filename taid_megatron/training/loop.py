@@ -19,6 +19,7 @@ from taid_megatron.config.batches import global_batch_size_at
 from taid_megatron.config.checks import check
 from taid_megatron.config.load import dump
 from taid_megatron.config.schema import Config
+from taid_megatron.data import dali_reader
 from taid_megatron.data.loader import DistributedBatches
 from taid_megatron.runtime import distributed
 from taid_megatron.runtime.distributed import World, any_of, on_first_rank
@@ -60,6 +61,8 @@ def run(config: Config) -> int:
         engine=abilities,
     )
     check_tokenizer(config)
+    if config.data.reader == "dali":
+        dali_reader.require()
     with Signals() as signals:
         world = distributed.start(config.parallel, config.run.seed, _collectives_minutes(config))
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from taid_megatron.config.weights import source
 from taid_megatron.conversion import companions
 from taid_megatron.conversion.checkpoint import import_checkpoint
 from taid_megatron.conversion.hf_import import import_hf
+from taid_megatron.data import dali_reader
 from taid_megatron.data.datasets import build_datasets
 from taid_megatron.data.inspection import inspect
 from taid_megatron.data.loader import DistributedBatches
@@ -303,6 +304,7 @@ def build_batches(
         dp_size=world.groups.dp.size(),
         consumed_samples=trainer.consumed_samples,
         prefetch=config.data.prefetch,
+        transport=dali_reader.through_dali if config.data.reader == "dali" else None,
     )
     return batches, validation
 
