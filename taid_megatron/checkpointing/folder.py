@@ -14,13 +14,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools.manifest import sync_folder, write_atomically
-from taid_megatron.checkpointing.manifest import own_hash
+from taid_megatron.checkpointing.manifest import own_hash, problem, problems
 from taid_megatron.config.errors import UserError
+from taid_megatron.runtime.log import get_logger
 
 STATE_FILE = "state.json"
 POINTER = "latest"
@@ -59,6 +61,49 @@ def published(folder: Path) -> list[Checkpoint]:
     paths = folder.iterdir() if folder.is_dir() else ()
     found = [checkpoint for path in paths if (checkpoint := named(path))]
     return sorted(found, key=lambda found: (found.step, found.attempt), reverse=True)
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint that a user names: its folder, or a run's (then the newest that is sound).
+
+    Raises UserError where there is none. No shard is read.
+    """
+    if checkpoint := named(path):
+        return checkpoint
+    for folder in (path / "checkpoints", path):
+        if found := published(folder):
+            faults = []
+            for checkpoint in found:
+                fault = problem(checkpoint.path, full=False)
+                if fault is None:
+                    return checkpoint
+                get_logger().warning(f"checkpoint passed over: {fault}")
+                faults.append(fault)
+            raise UserError(f"no sound checkpoint in {folder}; the newest: {faults[0]}")
+    raise _none_there(path)
+
+
+def examine(path: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every checkpoint that a user names (one, or all of a run), and all that is wrong with it.
+
+    Every byte is read. The pointer comes last, where it is damaged. Raises UserError where there
+    is no checkpoint.
+    """
+    folders = [folder for folder in (path / "checkpoints", path) if published(folder)]
+    alone = named(path)
+    if not folders and alone is None:
+        raise _none_there(path)
+    found = [alone] if alone else published(folders[0])
+    for checkpoint in found:
+        yield checkpoint.path, list(problems(checkpoint.path, full=True))
+    if alone is None and (fault := pointer_problem(folders[0])):
+        yield folders[0] / POINTER, [fault]
+
+
+def _none_there(path: Path) -> UserError:
+    return UserError(
+        f"{path}: no checkpoint there; name a step_* folder, or a run folder that has one"
+    )
 
 
 def newest(folder: Path) -> Checkpoint | None:

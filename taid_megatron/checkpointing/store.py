@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from taid_megatron.checkpointing import folder as folders
 from taid_megatron.checkpointing import manifest
-from taid_megatron.checkpointing.folder import Checkpoint, newest
+from taid_megatron.checkpointing.folder import Checkpoint, find, newest
 from taid_megatron.checkpointing.saving import PendingSave, Retention, begin, save, sharded_state
 from taid_megatron.checkpointing.unpickle import CommonStrategy, no_pickle
 from taid_megatron.config.errors import UserError
@@ -47,28 +47,6 @@ __all__ = [
 ]
 
 Verify = Literal["fast", "full"]
-
-
-def find(path: Path) -> Checkpoint:
-    """The checkpoint that a user names: its folder, or a run's (then the newest that is sound).
-
-    Raises UserError where there is none.
-    """
-    if checkpoint := folders.named(path):
-        return checkpoint
-    for folder in (path / "checkpoints", path):
-        if found := folders.published(folder):
-            faults = []
-            for checkpoint in found:
-                fault = manifest.problem(checkpoint.path, full=False)
-                if fault is None:
-                    return checkpoint
-                get_logger().warning(f"checkpoint passed over: {fault}")
-                faults.append(fault)
-            raise UserError(f"no sound checkpoint in {folder}; the newest: {faults[0]}")
-    raise UserError(
-        f"{path}: no checkpoint there; name a step_* folder, or a run folder that has one"
-    )
 
 
 def choose(folder: Path, *, verify: Verify, strict: bool) -> tuple[Checkpoint | None, list[str]]:

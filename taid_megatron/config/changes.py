@@ -18,10 +18,11 @@ from .schema import Config
 _FREE = {
     *("run.folder", "parallel", "checkpoint", "engine", "evaluation", "logging"),
     *("student.hf", "student.init", "student.architecture"),
-    *("student.layers_per_stage", "teacher.layers_per_stage"),
+    *("student.layers_per_stage", "teacher.layers_per_stage", "teacher.init"),
     *("loss.kernel", "loss.collective", "loss.fused_head", "loss.head_chunk_tokens"),
     *("training.micro_batch_size", "training.recompute", "training.gc_interval"),
     *("training.stop_at", "training.max_minutes", "training.max_skipped_steps"),
+    *("training.step_timeout", "training.phase_timeout", "training.loss_spike_deviations"),
     *("data.blend", "data.validation", "data.verify", "data.cache", "data.prefetch"),
 }
 

@@ -61,6 +61,14 @@ def test_pair(tmp_path):
     assert {row["version"] for row in found["rows"]} >= {"transformers", "taid-megatron"}
 
 
+def test_checkpoint(tmp_path):
+    sizes = ("--megabytes", "2", "--repeats", "1", "--folder", str(tmp_path))
+    rows = run("checkpoint.py", tmp_path / "checkpoint.json", *sizes)["rows"]
+    assert [row["cpu_seconds_ratio"] == 1.0 for row in rows] == [True, False, True, False]
+    assert [row["version"] for row in rows if row["stands_still_ratio"] == 1.0] == ["blocking"]
+    assert all(row["seconds"] >= row["stands_still"] > 0 for row in rows)
+
+
 def test_the_runner_names_the_benchmarks_it_knows():
     runner = (BENCHMARKS / "run.sh").read_text()
     for script in BENCHMARKS.glob("*.py"):
