@@ -301,6 +301,10 @@ def doctor(
     network: Annotated[
         bool, typer.Option("--network", help="Time the links between torchrun's ranks.")
     ] = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Read a checkpoint, or all of a run's, whole."),
+    ] = None,
 ) -> int:
     """Say whether this machine is ready for a run.
 
@@ -312,7 +316,9 @@ def doctor(
     from taid_megatron.planning import doctor as examination
 
     settings = load(config, overrides or ()) if config else None
-    findings = examination.examine(settings)
+    findings = examination.checkpoints(checkpoint) if checkpoint else []
+    if checkpoint is None or settings is not None:
+        findings += examination.examine(settings)
     if network:
         findings += examination.network()
     if os.environ.get("RANK", "0") == "0":

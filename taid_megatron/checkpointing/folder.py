@@ -14,12 +14,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools.manifest import sync_folder, write_atomically
-from taid_megatron.checkpointing.manifest import own_hash, problem
+from taid_megatron.checkpointing.manifest import own_hash, problem, problems
 from taid_megatron.config.errors import UserError
 from taid_megatron.runtime.log import get_logger
 
@@ -79,7 +80,28 @@ def find(path: Path) -> Checkpoint:
                 get_logger().warning(f"checkpoint passed over: {fault}")
                 faults.append(fault)
             raise UserError(f"no sound checkpoint in {folder}; the newest: {faults[0]}")
-    raise UserError(
+    raise _none_there(path)
+
+
+def examine(path: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every checkpoint that a user names (one, or all of a run), and all that is wrong with it.
+
+    Every byte is read. The pointer comes last, where it is damaged. Raises UserError where there
+    is no checkpoint.
+    """
+    folders = [folder for folder in (path / "checkpoints", path) if published(folder)]
+    alone = named(path)
+    if not folders and alone is None:
+        raise _none_there(path)
+    found = [alone] if alone else published(folders[0])
+    for checkpoint in found:
+        yield checkpoint.path, list(problems(checkpoint.path, full=True))
+    if alone is None and (fault := pointer_problem(folders[0])):
+        yield folders[0] / POINTER, [fault]
+
+
+def _none_there(path: Path) -> UserError:
+    return UserError(
         f"{path}: no checkpoint there; name a step_* folder, or a run folder that has one"
     )
 

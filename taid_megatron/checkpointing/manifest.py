@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -51,30 +51,38 @@ def own_hash(folder: Path) -> str | None:
 
 
 def problem(folder: Path, *, full: bool, rank: int = 0, size: int = 1) -> str | None:
-    """What is wrong with a checkpoint, file and cause, or None.
+    """The first of `problems`; None where there is none."""
+    return next(problems(folder, full=full, rank=rank, size=size), None)
+
+
+def problems(folder: Path, *, full: bool, rank: int = 0, size: int = 1) -> Iterator[str]:
+    """What is wrong with a checkpoint, file and cause, one after the other.
 
     Always: the manifest, that the files are those it lists, their sizes, and the hashes of all but
     the shards. full: the shards' hashes too, shared out over `size` ranks by number of file.
     """
     records, fault = _read(folder)
     if records is None:
-        return fault
+        yield fault or ""
+        return
     there = {path.name for path in folder.iterdir()} - {MANIFEST}
-    if missing := sorted(set(records) - there):
-        return f"{folder / missing[0]}: missing"
-    if more := sorted(there - set(records)):
-        return f"{folder / more[0]}: not in the manifest"
+    yield from (f"{folder / name}: missing" for name in sorted(set(records) - there))
+    yield from (f"{folder / name}: not in the manifest" for name in sorted(there - set(records)))
+    whole = set()
     for name, (length, _) in records.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != length:
-            return f"{path}: {path.stat().st_size} bytes instead of {length}"
+        if path.is_file() and path.stat().st_size == length:
+            whole.add(name)
+        elif name in there:
+            yield f"{path}: {path.stat().st_size} bytes instead of {length}"
     for number, (name, (_, digest)) in enumerate(sorted(records.items())):
+        if name not in whole:
+            continue
         is_shard = name.endswith(_SHARDS)
         if is_shard and not (full and number % size == rank):
             continue
         if hash_file(folder / name) != digest:
-            return f"{folder / name}: its content is not what was saved (another hash)"
-    return None
+            yield f"{folder / name}: its content is not what was saved (another hash)"
 
 
 def _encode(records: Records) -> tuple[bytes, str]:

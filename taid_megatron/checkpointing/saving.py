@@ -25,6 +25,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.base import (
+    StrategyAction,
+    register_default_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from taid_megatron.checkpointing import folder as folders
@@ -127,9 +132,7 @@ def begin(
     sharded = sharded_state(stages, optimizer, random_state, loading=False)
     needed = _bytes_of(sharded)
     name, unfinished = on_first_rank(lambda: _begin(folder, step, needed))
-    if filesystem_async._results_queue is None:
-        # its own is a multiprocessing.Manager's: a process more, that may outlive the run
-        filesystem_async._results_queue = queue.Queue()
+    _prepare_megatron()
     try:
         request = dist_checkpointing.save(sharded, str(unfinished), async_sharded_save=True)
         files = _write(request, in_memory=writer_timeout is not None)
@@ -150,6 +153,22 @@ def begin(
     if writer_timeout is not None and in_memory:
         part = Writer(in_memory, timeout=writer_timeout)
     return PendingSave(unfinished, name, {**state, "step": step}, retention, part)
+
+
+class _CommonStrategy(TorchCommonSaveStrategy):
+    """megatron-core's writer of common.pt: what goes wrong on the first rank, all of them hear."""
+
+    def save_common(self, common_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        """Of the first rank's."""
+        write = super().save_common
+        on_first_rank(lambda: write(common_state_dict, checkpoint_dir))
+
+
+def _prepare_megatron() -> None:
+    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _CommonStrategy("torch", 1))
+    if filesystem_async._results_queue is None:
+        # its own is a multiprocessing.Manager's: a process more, that may outlive the run
+        filesystem_async._results_queue = queue.Queue()
 
 
 def _begin(folder: Path, step: int, needed: int) -> tuple[str, Path]:

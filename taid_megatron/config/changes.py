@@ -16,13 +16,15 @@ from .schema import Config
 # compute it, when it stops. Where weights start (student.hf, student.init) is past; another
 # architecture is refused elsewhere; the blend is compared by its files' content.
 _FREE = {
-    *("run.folder", "parallel", "checkpoint", "engine", "evaluation", "logging"),
+    *("run.folder", "parallel", "checkpoint", "engine.layers", "evaluation", "logging"),
     *("student.hf", "student.init", "student.architecture"),
-    *("student.layers_per_stage", "teacher.layers_per_stage"),
+    *("student.layers_per_stage", "teacher.layers_per_stage", "teacher.init"),
     *("loss.kernel", "loss.collective", "loss.fused_head", "loss.head_chunk_tokens"),
     *("training.micro_batch_size", "training.recompute", "training.gc_interval"),
     *("training.stop_at", "training.max_minutes", "training.max_skipped_steps"),
+    *("training.step_timeout", "training.phase_timeout", "training.loss_spike_deviations"),
     *("data.blend", "data.validation", "data.verify", "data.cache", "data.prefetch"),
+    "data.reader",
 }
 
 

@@ -56,6 +56,25 @@ def examine(config: Config | None) -> list[Finding]:
     return found
 
 
+def checkpoints(path: Path) -> list[Finding]:
+    """A row for each checkpoint of a run, or for the one named: every byte read and hashed.
+
+    Raises UserError where there is none.
+    """
+    from taid_megatron.checkpointing.folder import examine as examine_checkpoints
+
+    found = []
+    for checkpoint, faults in examine_checkpoints(path):
+        if not faults:
+            files = [file.stat().st_size for file in checkpoint.iterdir()]
+            what = f"{len(files)} files, {_gib(sum(files))}, every hash is right"
+            found.append(Finding(checkpoint.name, "ok", what))
+        for fault in faults:
+            mend = "restore it from a copy, or remove it: a resume passes over it"
+            found.append(Finding(checkpoint.name, "FAIL", fault, mend))
+    return found
+
+
 def passed(findings: list[Finding]) -> bool:
     """Whether nothing failed."""
     return all(finding.state != "FAIL" for finding in findings)

@@ -7,15 +7,20 @@ import os
 import random
 import resource
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from taid_megatron import cli
 from taid_megatron.checkpointing import folder as folders
 from taid_megatron.checkpointing import manifest, store
 from taid_megatron.config.errors import UserError
+from taid_megatron.planning import doctor
 from taid_megatron.runtime.random_state import get_random_state
 
 from ..distributed import toy
@@ -50,24 +55,78 @@ def hashes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_damage_of_any_file_is_found_and_named(straight, tmp_path, damage) -> None:
-    sound = straight / "checkpoints" / "step_00000006"
-    assert manifest.problem(sound, full=True) is None
-    names = sorted(path.name for path in sound.iterdir())
-    assert {".metadata", "common.pt", "manifest.json", "state.json"} < set(names)
-    assert sum(name.endswith(".distcp") for name in names) >= 1
+PLACES = 100
+
+
+@contextmanager
+def damaged(path: Path, damage: Callable[[Path, int], None], seed: int) -> Iterator[None]:
+    """The file damaged at a place that the seed decides, and then as it was."""
+    content = path.read_bytes()
+    damage(path, seed)
+    try:
+        yield
+    finally:
+        path.write_bytes(content)
+
+
+def test_damage_of_any_file_at_any_place_is_found_and_named(straight, tmp_path) -> None:
+    """Flips and cuts at 100 seeded places of each kind of file; emptied, removed: every file."""
+    copy = shutil.copytree(straight / "checkpoints" / "step_00000006", tmp_path / "step_00000006")
+    assert manifest.problem(copy, full=True) is None
+    names = sorted(path.name for path in copy.iterdir())
+    kinds = {".metadata", "common.pt", "manifest.json", "metadata.json", "state.json"}
+    assert kinds == {name for name in names if not name.endswith(".distcp")}
+    found = 0
     for number, name in enumerate(names):
-        for repetition in range(5 if damage in (flip, cut) else 1):
-            copy = tmp_path / f"{name}{repetition}" / sound.name
-            shutil.copytree(sound, copy)
-            damage(copy / name, 100 * number + repetition)
-            fault = manifest.problem(copy, full=True)
-            assert fault is not None, (name, repetition)
-            assert str(copy / name) in fault
-            if damage is not flip or not name.endswith(".distcp"):
-                assert manifest.problem(copy, full=False) == fault  # no hash of a shard needed
-            shutil.rmtree(copy)
+        for damage in DAMAGES:
+            for place in range(PLACES if damage in (flip, cut) else 1):
+                with damaged(copy / name, damage, PLACES * number + place):
+                    faults = list(manifest.problems(copy, full=True))
+                    assert len(faults) == 1, (name, damage, place)
+                    assert str(copy / name) in faults[0]
+                    if damage is not flip or not name.endswith(".distcp"):
+                        assert manifest.problem(copy, full=False) == faults[0]
+                    found += 1
+    assert found == len(names) * (2 * PLACES + 2)
+    assert manifest.problem(copy, full=True) is None
+
+
+def test_damage_of_the_pointer_at_any_place_is_found_and_named(straight, tmp_path) -> None:
+    folder = shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
+    pointer = folder / folders.POINTER
+    for damage in (flip, cut, empty):
+        for place in range(PLACES):
+            with damaged(pointer, damage, place):
+                fault = folders.pointer_problem(folder)
+                assert fault is not None, (damage, place)
+                assert str(pointer) in fault
+    assert folders.pointer_problem(folder) is None
+
+
+def test_the_doctor_reads_every_checkpoint_whole(straight, tmp_path, capsys) -> None:
+    folder = shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
+    assert cli.main(["doctor", "--checkpoint", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert all(f"step_0000000{step}" in said for step in (2, 4, 6))
+    assert "megatron-core" not in said  # the checkpoints alone
+    flip(folder / "step_00000004/__0_0.distcp", 1)
+    remove(folder / "step_00000004/state.json", 1)
+    empty(folder / "latest", 1)
+    rows = [(row.what, row.state, row.found) for row in doctor.checkpoints(tmp_path)]
+    assert [row[:2] for row in rows if row[1] == "ok"] == [
+        ("step_00000006", "ok"),
+        ("step_00000002", "ok"),
+    ]
+    assert {(*row[:2], row[2].split(": ")[-1]) for row in rows if row[1] != "ok"} == {
+        ("step_00000004", "FAIL", "its content is not what was saved (another hash)"),
+        ("step_00000004", "FAIL", "missing"),
+        ("latest", "FAIL", "damaged, it names no checkpoint"),
+    }
+    assert cli.main(["doctor", "--checkpoint", str(tmp_path)]) == 2
+    assert cli.main(["doctor", "--checkpoint", str(folder / "step_00000006")]) == 0
+    capsys.readouterr()
+    assert cli.main(["doctor", "--checkpoint", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: no checkpoint there" in capsys.readouterr().err
 
 
 def test_a_file_too_many_is_found(straight, tmp_path) -> None:
@@ -186,43 +245,85 @@ def test_keep_every_alone_is_refused(config, tmp_path) -> None:
         toy.train(config, tmp_path, 1, "checkpoint.keep_every=2")
 
 
-def _save(trainer: Any, folder: Path, step: int) -> Path:
-    return store.save(
+def _save(trainer: Any, folder: Path, step: int, writer_timeout: float | None = None) -> Path:
+    saving = store.begin(
         *(folder, step),
         stages=trainer.students,
         optimizer=trainer.optimizer,
         random_state=get_random_state(),
         state={},
+        writer_timeout=writer_timeout,
     )
+    saving.wait()
+    return saving.publish()
 
 
-def _full_disk(rank: int, size: int, config: str, folder: str) -> list[str]:
+@pytest.fixture
+def disk(tmp_path) -> Iterator[tuple[Path, bool]]:
+    """A folder, and whether it is a disk of 64 MiB of its own, which takes the right to mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    yield folder, mounted
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextmanager
+def _full(disk: Path, mounted: bool, *, left: int, told: bool) -> Iterator[None]:
+    """Within it so many bytes are left on the disk. told: whether it says so when it is asked."""
+    usage, limit = shutil.disk_usage, resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = usage(disk)._replace(free=left if told else 10**9)
+    if not (told and mounted):
+        shutil.disk_usage = lambda path: said
+    if not mounted:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (left, limit[1]))
+    elif dist.get_rank() == 0:
+        (disk / "filler").write_bytes(bytes(usage(disk).free - left))
+    dist.barrier()
+    try:
+        yield
+    finally:
+        dist.barrier()
+        shutil.disk_usage = usage
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        if dist.get_rank() == 0:
+            (disk / "filler").unlink(missing_ok=True)
+        dist.barrier()
+
+
+def _full_disk(rank: int, size: int, config: str, disk: str, mounted: bool) -> list[str]:
     told = []
-    path = Path(folder)
+    path = Path(disk) / "checkpoints"
     with toy.trainer(config, "parallel.tensor=2") as trainer:
         first = _save(trainer, path, 1)
         before = hashes(first)
-        usage = shutil.disk_usage(path)._replace(free=1000)
-        real, shutil.disk_usage = shutil.disk_usage, lambda path: usage
-        with pytest.raises(UserError, match=r"1,000 bytes are free and step 2 needs"):
-            _save(trainer, path, 2)
-        shutil.disk_usage = real
+        with _full(path.parent, mounted, left=50_000, told=True):
+            with pytest.raises(UserError, match=r"[\d,]+ bytes are free and step 2 needs"):
+                _save(trainer, path, 2)
         told.append(sorted(file.name for file in path.iterdir()))
-        # no file may grow beyond this: the shards' writers fail as on a full disk
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
-        with pytest.raises(UserError, match=r"the disk is full, step 3 was not saved"):
-            _save(trainer, path, 3)
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        told.append(sorted(file.name for file in path.iterdir()))
+        # found to be full when the files are written: the shards, or already common.pt
+        for step, left, writer_timeout in ((3, 50_000, None), (4, 50_000, 60.0), (5, 0, None)):
+            with _full(path.parent, mounted, left=left, told=False):
+                match = rf"the disk is full, step {step} was not saved"
+                with pytest.raises(UserError, match=match):
+                    _save(trainer, path, step, writer_timeout)
+            told.append(sorted(file.name for file in path.iterdir()))
         assert hashes(first) == before
-        _save(trainer, path, 4)
-        _save(trainer, path, 4)
+        _save(trainer, path, 6)
+        _save(trainer, path, 6)
         told.append(sorted(file.name for file in path.iterdir()))
     return told
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(config, tmp_path) -> None:
-    told, _ = run_ranks(2, _full_disk, str(config), str(tmp_path))
-    assert told[:2] == [["latest", "step_00000001"]] * 2
-    assert told[2] == ["latest", "step_00000001", "step_00000004", "step_00000004_2"]
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(config, disk) -> None:
+    """On a small disk where the test may mount one (as root); else a limit on the size of files
+    stands for it, which the writers meet as they meet a full disk."""
+    folder, mounted = disk
+    told, _ = run_ranks(2, _full_disk, str(config), str(folder), mounted)
+    assert told[:4] == [["latest", "step_00000001"]] * 4
+    assert told[4] == ["latest", "step_00000001", "step_00000006", "step_00000006_2"]
