@@ -66,8 +66,8 @@ def gathered_weights(stages: list[DistributedDataParallel]) -> Iterator[None]:
         for stage in stages
         if stage.use_forward_hook and stage.remove_forward_pre_hook_handles
     ]
-    # First all that are on their way: megatron-core would gather one buffer again, and wait for it,
-    # while those of others are still being written.
+    # First all gathers that are on their way: megatron-core would start others beside them. Over
+    # gloo a rank died of a segmentation fault there, once; why is not known.
     for stage in lazy:
         for group in (*stage.bucket_groups, *stage.expert_parallel_bucket_groups):
             if group.param_gather_handle is not None:

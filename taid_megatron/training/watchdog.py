@@ -7,7 +7,7 @@ one never blocks: it looks at its own rank's clock and at what was read (diagnos
 process.
 
     a rank's process is gone from its host             named within some 5 s
-    a rank tells nothing: stopped, or its host down    20 s (while loading: training.phase_timeout)
+    a rank tells nothing: stopped, or its host down    20 s (while loading: 10 minutes)
     a rank left with an error                          5 s, with its error and exit code
     a rank's main thread stays in one phase            its limit and 5 s
 
@@ -42,6 +42,8 @@ from taid_megatron.training.stopping import write_failure
 
 _TICK_SECONDS = 1.0
 _HELD_UP_SECONDS = 5.0
+_LOADING_SILENCE_SECONDS = 600.0
+"""While loading a call may hold the interpreter for minutes (an index is built in one)."""
 _VERDICT, _NONE = "verdict", "none"
 _COMMUNICATION = ("torch/distributed", "megatron/core")
 
@@ -82,8 +84,7 @@ class Watchdog:
         self._asked = False
         self._wake, self._over = threading.Event(), threading.Event()
         self._leaving = threading.Lock()
-        # While loading a call may hold the interpreter for minutes: silence says nothing then.
-        self._begin("loading", phase_timeout, silence=phase_timeout)
+        self._begin("loading", phase_timeout, silence=_LOADING_SILENCE_SECONDS)
 
     def step(self, number: int) -> None:
         """Step `number` begins. The first one of a process may take as long as any other phase."""
@@ -103,7 +104,7 @@ class Watchdog:
         if self._store is not None:
             mine = self._peers[self._rank]
             dist.all_gather_object(self._peers, mine)
-            unheard = Sign("runs", "loading", silence=self._phase_timeout)
+            unheard = Sign("runs", "loading", silence=_LOADING_SILENCE_SECONDS)
             self._others = {
                 rank: Heard(unheard, self._exchanged)
                 for rank in range(self._size)

@@ -1,16 +1,13 @@
-"""kill -9 at each window of a save and at random moments: nothing published is ever lost or mixed.
+"""kill -9 at each window of a save: nothing published is ever lost or mixed.
 
-The long form runs by hand: bash tests/soak.sh [seconds] [seed].
+At random moments, and again and again: soak.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 from taid_megatron.checkpointing import folder as folders
 from taid_megatron.checkpointing import manifest, store
@@ -134,44 +130,3 @@ def test_killed_at_every_window_of_a_save(config, straight, tmp_path) -> None:
         killed = _strike(config, tmp_path, 1, partial(_kill_in, window, 1), 0)
         assert killed, window
     _finish(config, tmp_path, straight)
-
-
-def _later(seconds: float) -> None:
-    timer = threading.Timer(seconds, _die)
-    timer.daemon = True
-    timer.start()
-
-
-@pytest.mark.slow
-def test_soak(config, straight, tmp_path) -> None:
-    """Seeded kills for SOAK_SECONDS, on one and two ranks, in a save's windows and anywhere."""
-    rng = random.Random(int(os.environ.get("SOAK_SEED", "0")))
-    end = time.monotonic() + float(os.environ.get("SOAK_SECONDS", "3600"))
-    kills: dict[str, int] = {}
-    runs = 0
-    while time.monotonic() < end:
-        run, runs = tmp_path / str(runs), runs + 1
-        for _ in range(rng.randrange(1, 5)):
-            ranks = 1 if rng.random() < 0.7 else 2
-            window = rng.choice([*WINDOWS, "anywhere", "anywhere", "anywhere"])
-            if window == "anywhere":
-                seconds = rng.uniform(0.2, 4.0)
-                killed = _strike(
-                    *(config, run, ranks, partial(_later, seconds), rng.randrange(ranks))
-                )
-            else:
-                call = rng.randrange(1, 3)
-                killed = _strike(config, run, ranks, partial(_kill_in, window, call), 0)
-            kills[window] = kills.get(window, 0) + killed
-        _finish_any(config, run)
-        shutil.rmtree(run)
-    print(f"\n{sum(kills.values())} kills in {runs} runs, all resumed to the end: {kills}")
-    assert sum(kills.values()) > 0
-
-
-def _finish_any(config: Path, run: Path) -> None:
-    """To the end from whatever is left; layouts may have changed, so no bits are compared."""
-    assert run_ranks(1, _run, str(config), [f"run.folder={run}", *LENGTH], None, 0) == [0]
-    assert store.newest(run / "checkpoints").step == 6
-    records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    assert toy.column(records, "consumed_samples") == [8, 16, 24, 32, 40, 48]

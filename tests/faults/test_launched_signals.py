@@ -24,6 +24,7 @@ from taid_megatron.training import stopping
 
 from ..unit.launch.stand_ins import ROOT
 
+pytestmark = pytest.mark.slow  # each starts torchrun and all that it imports
 LENGTH = ("training.steps=6", "checkpoint.every=2", "evaluation.every=3")
 LOADING, STEP, EVALUATION, SAVE = (
     *("loading", "step 3", "the evaluation after step 3"),
@@ -125,7 +126,6 @@ def status(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run" / stopping.STATUS).read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
 @pytest.mark.parametrize("phase", [LOADING, STEP, EVALUATION, SAVE])
 def test_one_signal_is_a_checkpoint_and_75(config, tmp_path, phase, number) -> None:
