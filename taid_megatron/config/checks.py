@@ -295,8 +295,8 @@ def _check_recompute(config: Config) -> None:
             )
         if "layernorm" in recompute.modules:
             raise ConfigError(
-                f"{where}.modules names layernorm, which needs Transformer Engine's layers; the "
-                "local layers have core_attn and mlp, leave layernorm out"
+                f"{where}.modules names layernorm: Transformer Engine has it inside the linear "
+                "behind it, the local layers cannot recompute it; leave layernorm out"
             )
     if recompute.granularity != "full":
         return

@@ -357,7 +357,7 @@ class Recompute(Section):
     num_layers: Positive = 1
     """Of 'full': see method."""
     modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = ("core_attn",)
-    """Of 'selective': which parts; 'layernorm' needs Transformer Engine."""
+    """Of 'selective': which parts; 'layernorm' is refused, no layer here can leave it out."""
 
 
 class RampUp(Section):

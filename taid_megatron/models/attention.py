@@ -96,8 +96,9 @@ class TorchAttention(torch.nn.Module):
         self.window = _window(config, layer_number)
         self.cp_group = None
         if config.context_parallel_size > 1:
-            groups = pg_collection
-            self.cp_group = groups.cp if groups else parallel_state.get_context_parallel_group()
+            self.cp_group = (
+                pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
+            )
 
     @property
     def share(self) -> Share:

@@ -21,6 +21,7 @@ TIED = ("student.architecture.tie_embeddings=true", "teacher.architecture.tie_em
 MICRO_BATCHES_4 = "training.micro_batch_size=2"
 CP2 = "parallel.context=2"
 WINDOWS = ("student.architecture.sliding_window=9", "teacher.architecture.sliding_window=20")
+MIXTURE = ("teacher.architecture.num_moe_experts=4", "teacher.architecture.num_layers=2")
 DOCUMENTS = ("data.reset_attention_mask=true", "data.reset_position_ids=true")
 
 # name: (ranks, what changes the layout, what changes the run itself)
@@ -59,6 +60,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "windows, CP=2 DP=2 sharded": (4, (CP2, SHARDED), WINDOWS),
     "documents apart, CP=2 TP=2 SP": (4, (CP2, TP2, SEQUENCE), DOCUMENTS),
     "fused head, CP=2 PP=2": (4, (*FUSED, CP2, PP2), ()),
+    "a mixture's experts, EP=2 DP=2": (2, ("parallel.expert=2",), MIXTURE),
     "cross-entropy mixed in, TP=2": (2, (TP2,), ("loss.ce_weight=0.3",)),
     "forward KL, PP=2": (2, (PP2,), ("loss.name=forward_kl",)),
     "cross-entropy alone, TP=2 DP=2": (4, (TP2,), ("loss.name=cross_entropy", "teacher=null")),

@@ -75,7 +75,7 @@ def test_transformer_engine_s_layers_follow_the_local_ones(config, tmp_path, doc
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_fp8_follows_bf16_or_is_refused_in_a_line(config, tmp_path, bf16_run, recipe) -> None:
-    asked = [f"engine.fp8={recipe}"]
+    asked = [ENGINE, f"engine.fp8={recipe}"]
     if recipe != "delayed":
         asked.append(f"engine.teacher_fp8={recipe}")
     done = runs.start(config, tmp_path / "run", BF16, steps(50), *asked)

@@ -44,6 +44,7 @@ def test_a_change_is_one_line_with_both_values():
         ("training.rampup={start: 4, increment: 4, samples: 80}", "training.rampup"),
         ("training.steps=20", "training.steps"),
         ("training.precision=fp32", "training.precision"),
+        ("engine.teacher_fp8=tensorwise", "engine.teacher_fp8"),
         ("optimizer.weight_decay=0.2", "optimizer.weight_decay"),
         ("loss.ce_weight=0.5", "loss.ce_weight"),
         ("taid.alpha=1e-3", "taid.alpha"),
@@ -64,7 +65,7 @@ def test_where_it_runs_and_what_it_writes_is_free():
         *("training.micro_batch_size=4", "training.stop_at=5", "training.max_minutes=1"),
         *("training.recompute.granularity=full", "loss.kernel=torch", "loss.fused_head=true"),
         *("checkpoint.every=5", "evaluation.every=5", "logging.every=5", "data.prefetch=0"),
-        "data.validation=data/held_out",
+        *("data.validation=data/held_out", "engine.layers=local"),
     )
 
 

@@ -98,6 +98,8 @@ def model(section: str, tree: dict[str, Any]) -> None:
     if section == "Teacher":
         checkpoint = tree["checkpoint"] or "teacher"
         tree["checkpoint"] = checkpoint if tree["architecture"] is None else None
+        if tree["init"] is not None:
+            tree["init"] = None if tree["checkpoint"] else {"source": "random", "layers": None}
     if section == "Init":
         layers = tree["layers"] or [0]
         tree["layers"] = layers if tree["source"] == "teacher" else None

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from taid_megatron.evaluation.figures import NOT_ASKED, HeldOut, LastWord, compare
 from taid_megatron.models.pair import Outputs
 from taid_megatron.models.vocabulary import Vocabulary
+from tests.distributed.ranks import run_ranks
 
 SHARED, PADDED = 50, 64
 VOCABULARY = Vocabulary(shared=SHARED, padded=PADDED, shards=1)
@@ -102,3 +104,22 @@ def test_a_word_is_guessed_where_all_its_tokens_are():
     expected = -(log_q[2, 0, labels[2, 0]] + log_q[3, 0, labels[3, 0]])
     assert found["loss"][0, 0].item() == pytest.approx(expected.item(), rel=1e-5)
     assert found["teacher_accuracy"][0].sum() < 3
+
+
+def _share_of_the_words(rank: int, size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, SHARED, (6, 3), generator=generator)
+    labels[:2] = labels[4, 1] = NOT_ASKED
+    student = logits(4)
+    student[2:4, 0, :SHARED] = 20 * torch.eye(SHARED)[labels[2:4, 0]]
+    whole = LastWord(VOCABULARY, None, with_teacher=False)
+    _, expected = whole(Outputs(student, None), labels, torch.ones(6, 3))
+    mine = [0, 5, 2] if rank == 0 else [1, 4, 3]
+    shared = LastWord(VOCABULARY, None, with_teacher=False, cp_group=dist.group.WORLD)
+    _, found = shared(Outputs(student[mine], None), labels[mine], torch.ones(3, 3))
+    return torch.stack([found[name] - expected[name][:3] for name in ("loss", "accuracy")])
+
+
+def test_context_parallel_ranks_know_the_whole_word() -> None:
+    for difference in run_ranks(2, _share_of_the_words):
+        assert difference.abs().max() < 1e-5

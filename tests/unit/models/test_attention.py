@@ -268,9 +268,10 @@ def test_context_parallel_ranks_see_what_the_whole_would(documents, window):
     expected = dense(query, key, value, document_ids, window)
     options = {"window_size": None if window is None else (window - 1, 0)}
     alone, places = build(**options), []
-    for rank in range(3):
-        share = attention_module.Share(rank, 3)
-        rows, columns = share.rows(S, query.device), share.columns(S, query.device)
+    shares = [attention_module.Share(rank, 3) for rank in range(3)]
+    columns = torch.cat([share.rows(S, query.device) for share in shares])  # as they are gathered
+    for share in shares:
+        rows = share.rows(S, query.device)
         if documents:
             bias = attention_module._document_biases.get(document_ids, window, query.dtype, share)
         else:
