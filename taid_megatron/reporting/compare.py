@@ -69,6 +69,7 @@ _EVENTS = (
     ("skipped", "skipped steps"),
     ("loss_spike", "loss spikes"),
     ("resumed_from", "restarts"),
+    ("config_changes", "changed settings"),
     ("checkpoint_faults", "damaged checkpoints passed over"),
 )
 _LISTED = 5

@@ -143,7 +143,7 @@ def test_one_run_given_twice_is_refused(tmp_path):
 def test_text_is_text():
     table = Table(["<b>", "a|b"], [["&", "1"]])
     assert '<th class="words">&lt;b&gt;</th>' in table.html()
-    assert "<td>&amp;</td>" in table.html()
+    assert ">&amp;</td>" in table.html()
     assert table.markdown().splitlines()[0] == "| <b> | a\\|b |"
 
 
