@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from .batches import data_parallel_size, train_steps
@@ -430,6 +431,11 @@ def _check_length(config: Config) -> None:
 
 def _check_logging(config: Config, engine: EngineAbilities) -> None:
     logging = config.logging
+    if logging.wandb is not None and find_spec("wandb") is None:
+        raise ConfigError(
+            f"logging.wandb={logging.wandb} needs wandb, which is not installed; pip install "
+            "wandb, or set logging.wandb=null"
+        )
     if logging.profile_steps is not None and logging.profile_steps[0] > logging.profile_steps[1]:
         raise ConfigError(
             f"logging.profile_steps={list(logging.profile_steps)}: expected the first step, then "

@@ -30,7 +30,7 @@ YAML 1.2 (`1e-3` is a number, `yes` is text), and digits may be grouped (`1_000_
 path starts at the current folder. An unknown key, a wrong type or values that do not fit together
 end the command with exit code 2 and one line that says what to change.
 """
-_KINDS = {bool: "true or false", int: "whole number", float: "number", Path: "path"}
+_KINDS = {bool: "true or false", int: "whole number", float: "number", Path: "path", str: "text"}
 _BOUNDS = ((Gt, "gt", ">"), (Ge, "ge", ">="), (Lt, "lt", "<"), (Le, "le", "<="))
 
 

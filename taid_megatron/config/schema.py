@@ -552,6 +552,8 @@ class Logging(Section):
     """Steps between records of metrics.jsonl and TensorBoard."""
     tensorboard: bool = True
     """Write TensorBoard events into RUN/tensorboard."""
+    wandb: str | None = None
+    """Project in Weights & Biases that gets the figures too; needs the package wandb."""
     progress: bool = True
     """Show a progress line on rank 0 (a plain line per record where there is no terminal)."""
     profile_steps: tuple[NotNegative, NotNegative] | None = None

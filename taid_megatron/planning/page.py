@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taid_megatron.config.errors import UserError
 from taid_megatron.planning.plan import Plan
 from taid_megatron.planning.show import tables
+from taid_megatron.reporting.page import Picture, Section, Table, Text
+from taid_megatron.reporting.page import page as html
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-_STYLE = (
-    "body{font:15px sans-serif;margin:2em auto;max-width:75em;padding:0 1em}"
-    "table{border-collapse:collapse;margin:.5em 0 2em}td,th{padding:.2em .7em;"
-    "border-bottom:1px solid #ddd}"
-    "img{max-width:100%}"
-)
+    from rich.table import Table as RichTable
 
 
 def picture(plan: Plan) -> bytes:
@@ -38,7 +30,7 @@ def picture(plan: Plan) -> bytes:
             "leave --picture and --page out"
         ) from None
     ranks = plan.timeline.ranks
-    figure = Figure(figsize=(14, 1.6 + 0.5 * ranks), layout="constrained")
+    figure = Figure(figsize=(9.5, 1.5 + 0.45 * ranks), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for event in plan.timeline.events:
@@ -61,28 +53,29 @@ def picture(plan: Plan) -> bytes:
     axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
     axes.set_xlabel("seconds")
     axes.set_title(
-        f"First micro-batches of a step: forward of both models (blue), backward of the student "
-        f"(orange); lighter: another chunk. Waiting {plan.timeline.bubble:.0%} of this picture, "
+        "First micro-batches of a step: forward of both models (blue), backward of the student "
+        f"(orange)\nlighter: another chunk. Waiting {plan.timeline.bubble:.0%} of this picture, "
         f"{plan.figures['time']['bubble']:.1%} of a whole step",
         fontsize=10,
+        loc="left",
     )
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
+    figure.savefig(stream, format="png", dpi=130)
     return stream.getvalue()
 
 
 def page(plan: Plan, title: str) -> str:
     """One HTML page: the tables and the picture inside it."""
-    image = base64.b64encode(picture(plan)).decode("ascii")
-    parts = [_html(table) for table in tables(plan.figures)]
-    parts.insert(4, f'<img alt="timeline" src="data:image/png;base64,{image}">')
     share = plan.figures["assumed_efficiency"]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>Computed, not measured: matrix "
-        f"products at {share:.0%} of the peak. GPU figures: "
-        f"{html.escape(plan.figures['gpu']['source'])}.</p>{''.join(parts)}</html>\n"
+    about = (
+        f"Computed, not measured: matrix products at {share:.0%} of the peak. GPU figures: "
+        f"{plan.figures['gpu']['source']}."
     )
+    sections = [Section(str(table.title), [_cells(table)]) for table in tables(plan.figures)]
+    sections[0] = Section(sections[0].title, [*sections[0].parts, Text(about)])
+    caption = "Simulated, by Megatron's order of work; the numbers are micro-batches."
+    sections.insert(4, Section("Timeline", [Picture(picture(plan), caption)]))
+    return html(title, sections)
 
 
 def write(path: Path, content: bytes | str) -> None:
@@ -96,20 +89,8 @@ def write(path: Path, content: bytes | str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another") from None
 
 
-def _html(table: Table) -> str:
-    sides = [column.justify for column in table.columns]
+def _cells(table: RichTable) -> Table:
     rows = zip(*(column.cells for column in table.columns), strict=True)
-    head = _row("th", sides, [column.header for column in table.columns])
-    body = "".join(_row("td", sides, row) for row in rows)
-    return f"<h2>{html.escape(str(table.title))}</h2><table>{head}{body}</table>"
-
-
-def _row(tag: str, sides: Sequence[str], cells: Iterable[object]) -> str:
-    return (
-        "<tr>"
-        + "".join(
-            f'<{tag} style="text-align:{side}">{html.escape(str(cell))}</{tag}>'
-            for side, cell in zip(sides, cells, strict=True)
-        )
-        + "</tr>"
-    )
+    header = [str(column.header) for column in table.columns]
+    left = [n for n, column in enumerate(table.columns) if column.justify == "left"]
+    return Table(header, [list(map(str, row)) for row in rows], left)

@@ -18,7 +18,7 @@ from taid_megatron import __version__
 from taid_megatron.config.schema import Config
 from taid_megatron.quickstart.stages import Plan, Stage
 from taid_megatron.reporting import page
-from taid_megatron.reporting.plots import Line, bars, lines
+from taid_megatron.reporting.plots import COLOURS, REFERENCE, Line, bars, lines
 from taid_megatron.reporting.runs import Run, load
 from taid_megatron.schedules import TAIDSchedule
 
@@ -302,4 +302,8 @@ def _masses(summary: Summary, key: str, *, logarithmic: bool) -> bytes:
     spread = None if None in deviations else [0.0, *deviations]
     title = {"head_mass": "Mass on the head", "tail_mass": "Mass on the tail"}[key]
     names = ["teacher", *students]
-    return bars(title, "probability", names, values, spread, logarithmic=logarithmic)
+    # a student's bar has the colour of its line in _curves
+    colours = (REFERENCE, *COLOURS)
+    return bars(
+        title, "probability", names, values, spread, logarithmic=logarithmic, colours=colours
+    )

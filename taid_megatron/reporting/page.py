@@ -11,13 +11,14 @@ from pathlib import Path
 from taid_megatron.reporting.files import write_whole
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 68rem; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right;
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right;
          font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; }
+td:not(.words), td:first-child { white-space: nowrap; }
+.words { text-align: left; }
 img { max-width: 100%; } figure { margin: 1.2rem 0; } figcaption { color: #555; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }
 """
@@ -29,19 +30,27 @@ class Table:
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    left: Sequence[int] = (0,)
+    """Columns of words; the others hold numbers."""
 
     def html(self) -> str:
         """As HTML."""
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in self.header)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self.rows
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        head = self._row("th", self.header) if any(self.header) else ""
+        body = "".join(self._row("td", row) for row in self.rows)
+        return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+
+    def _row(self, tag: str, cells: Sequence[str]) -> str:
+        words = ' class="words"'
+        found = [
+            f"<{tag}{words if n in self.left else ''}>{escape(cell)}</{tag}>"
+            for n, cell in enumerate(cells)
+        ]
+        return f"<tr>{''.join(found)}</tr>"
 
     def markdown(self) -> str:
         """As Markdown."""
-        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        sides = ["---" if n in self.left else "---:" for n in range(len(self.header))]
+        lines = [self.header, sides, *self.rows]
         return "\n".join(
             "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
         )
@@ -87,15 +96,19 @@ class Section:
 
 def write(path: Path, title: str, sections: Sequence[Section]) -> None:
     """The page, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, page(title, sections))
+
+
+def page(title: str, sections: Sequence[Section]) -> str:
+    """The page as HTML."""
     body = "".join(
         f"<h2>{escape(section.title)}</h2>" + "".join(part.html() for part in section.parts)
         for section in sections
     )
-    page = (
+    return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
         f"<body><h1>{escape(title)}</h1>{body}</body></html>\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, page)

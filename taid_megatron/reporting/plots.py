@@ -9,6 +9,9 @@ from typing import Any
 
 # Distinct in print and for the colour-blind (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+REFERENCE = "#777777"
+MANY = 400
+"""Points above which a curve is drawn thin, under the means of every hundredth of it."""
 
 
 @dataclass(frozen=True)
@@ -19,26 +22,41 @@ class Line:
     x: Sequence[float]
     y: Sequence[float]
     dashed: bool = False
+    colour: str | None = None
+    """None: the next one of COLOURS."""
 
 
 def lines(title: str, x_label: str, y_label: str, curves: Sequence[Line]) -> bytes:
-    """Curves in one frame, the legend beside them."""
+    """Curves in one frame, the legend beside them. Of long ones the mean is drawn over all."""
     figure, axes = _frame(title)
     for number, line in enumerate(curves):
+        colour = line.colour or COLOURS[number % len(COLOURS)]
+        x, y = line.x, line.y
+        if len(x) > MANY and not line.dashed:
+            axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
+            x, y = _means(x, len(x) // 100), _means(y, len(y) // 100)
         axes.plot(
-            line.x,
-            line.y,
+            x,
+            y,
             label=line.label,
-            color=COLOURS[number % len(COLOURS)],
+            color=colour,
             linestyle="--" if line.dashed else "-",
             linewidth=1.3 if line.dashed else 1.8,
-            marker="o" if len(line.x) <= 12 else None,
+            marker="o" if len(line.x) <= 12 and not line.dashed else None,
             markersize=4,
         )
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return _png(figure)
+
+
+def _means(values: Sequence[float], window: int) -> list[float]:
+    """Means of parts of `window` values, the last part maybe shorter."""
+    parts = [values[start : start + window] for start in range(0, len(values), window)]
+    return [sum(part) / len(part) for part in parts]
 
 
 def bars(
@@ -49,10 +67,11 @@ def bars(
     spread: Sequence[float] | None = None,
     *,
     logarithmic: bool = False,
+    colours: Sequence[str] = COLOURS,
 ) -> bytes:
     """One bar per name, its value written on it; `spread` as an error bar."""
     figure, axes = _frame(title)
-    colours = [COLOURS[number % len(COLOURS)] for number in range(len(names))]
+    colours = [colours[number % len(colours)] for number in range(len(names))]
     drawn = axes.bar(range(len(names)), values, yerr=spread, color=colours, capsize=4, width=0.65)
     axes.bar_label(drawn, fmt="{:.3g}", padding=2, fontsize=9)
     axes.set_xticks(range(len(names)), names, rotation=15, ha="right")

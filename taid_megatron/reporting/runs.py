@@ -20,6 +20,7 @@ class Run:
         records: the objects of metrics.jsonl, in order.
         evaluation: evaluation/evaluation.json (`taid-megatron evaluate RUN --out RUN/evaluation`),
             empty where there is none.
+        status: run_status.json, empty where there is none.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Run:
     config: dict[str, Any]
     records: list[dict[str, Any]]
     evaluation: dict[str, Any]
+    status: dict[str, Any]
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a logged figure, where it was logged."""
@@ -38,16 +40,25 @@ class Run:
         values = self.series(key)[1]
         return values[-1] if values else None
 
+    def steps_with(self, key: str) -> list[int]:
+        """Steps whose record has that key: `skipped`, `resumed_from`, ..."""
+        return [record["step"] for record in self.records if record.get(key) is not None]
+
+    def held_out(self, key: str) -> float | None:
+        """A figure of its last evaluation on held-out text."""
+        return self.evaluation.get("held_out", {}).get(key)
+
     @property
     def linear_t(self) -> tuple[list[int], list[float]]:
         """The straight line that TAID's t never lags behind, over the logged steps."""
         steps = self.series("t")[0]
-        taid, total = self.config["taid"], self._total_steps
+        taid, total = self.config["taid"], self.total_steps
         span = taid["t_end"] - taid["t_start"]
         return steps, [taid["t_start"] + span * min(1.0, (n - 1) / total) for n in steps]
 
     @property
-    def _total_steps(self) -> int:
+    def total_steps(self) -> int:
+        """Steps of the whole run, which the straight line ends with."""
         training = self.config["training"]
         if training.get("steps"):
             return training["steps"]
@@ -72,11 +83,21 @@ def load(folder: Path, name: str | None = None) -> Run:
                 break  # a process that was killed left it unfinished
             raise ValueError(f"{metrics}, line {number}: not a record of metrics") from None
         records.append(record)
-    evaluation = folder / "evaluation" / "evaluation.json"
     return Run(
         name=name or folder.name,
         folder=folder,
         config=yaml.safe_load(config.read_text(encoding="utf-8")),
         records=records,
-        evaluation=json.loads(evaluation.read_text()) if evaluation.is_file() else {},
+        evaluation=_json(folder / "evaluation" / "evaluation.json"),
+        status=_json(folder / "run_status.json"),
     )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is no file. Raises ValueError, in one line."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); write it again, or remove it") from None

@@ -142,8 +142,9 @@ def _index_hash(prefix: str) -> str | None:
 def resume(trainer: Trainer) -> dict[str, str]:
     """Go on from the newest sound checkpoint of the run folder, where there is one.
 
-    To be called on every rank. Returns what metrics.jsonl is to tell of it: `checkpoint_faults`,
-    the damaged checkpoints passed over, and `config_changes`, the settings that are others now.
+    To be called on every rank. Returns what metrics.jsonl is to tell of it: `resumed_from`, the
+    checkpoint, `checkpoint_faults`, the damaged ones passed over, and `config_changes`, the
+    settings that are others now.
     """
     config = trainer.config
     folder = config.run.folder / "checkpoints"
@@ -166,7 +167,8 @@ def resume(trainer: Trainer) -> dict[str, str]:
     _tell(changed, checkpoint, accepted=config.checkpoint.accept_changes)
     _restore(trainer, checkpoint, state)
     told = {"checkpoint_faults": faults, "config_changes": changed}
-    return {name: "; ".join(lines) for name, lines in told.items() if lines}
+    found = {name: "; ".join(lines) for name, lines in told.items() if lines}
+    return {"resumed_from": checkpoint.path.name, **found}
 
 
 def _restore(trainer: Trainer, checkpoint: store.Checkpoint, state: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ from taid_megatron.training.setup import (
     teacher_architecture,
 )
 from taid_megatron.training.stopping import STOPPED, RunLock, Signals, recorded
+from taid_megatron.training.wandb_log import WandbLog
 from taid_megatron.training.watchdog import Watchdog
 
 
@@ -309,17 +310,21 @@ def _held_out(trainer: Trainer, validation: Dataset) -> dict[str, float]:
 
 @contextmanager
 def _metrics(trainer: Trainer) -> Iterator[MetricsWriter | None]:
-    """The writer, on the one rank that writes."""
+    """The writer, on the one rank that writes; all ranks are refused alike."""
+    settings = trainer.config.logging
+    wandb: list[WandbLog] = []
+    if settings.wandb is not None:
+        on_first_rank(lambda: wandb.append(WandbLog(trainer.config)))
     if not trainer.world.is_main:
         yield None
         return
-    settings = trainer.config.logging
     writer = MetricsWriter(
         trainer.config.run.folder,
         tensorboard=settings.tensorboard,
         progress=settings.progress,
         total_steps=trainer.steps,
         resume_step=trainer.step,
+        wandb=wandb[0] if wandb else None,
     )
     try:
         yield writer

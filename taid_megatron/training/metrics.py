@@ -16,6 +16,8 @@ from taid_megatron.config.errors import UserError
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from taid_megatron.training.wandb_log import WandbLog
+
 Value = float | int | str | bool | None
 
 # What a person is shown of a record, in this order; all of it is in metrics.jsonl.
@@ -48,6 +50,7 @@ class MetricsWriter:
         progress: bool,
         total_steps: int,
         resume_step: int = 0,
+        wandb: WandbLog | None = None,
     ) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,6 +59,7 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8")
         self._events = _open_events(folder / "tensorboard", resume_step) if tensorboard else None
         self._screen = _screen(total_steps, resume_step) if progress else None
+        self._wandb = wandb
 
     def log(self, record: Mapping[str, Value]) -> None:
         """Write one record: flat, its `step` an int, the rest figures of that step.
@@ -72,6 +76,8 @@ class MetricsWriter:
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(record)
         if self._screen is not None:
             self._screen.show(step, record)
 
@@ -80,6 +86,9 @@ class MetricsWriter:
         self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.close()
+            self._wandb = None
         if self._screen is not None:
             self._screen.close()
 

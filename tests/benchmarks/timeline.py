@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--student", type=size, default=(4, 192), help="layers x width")
     parser.add_argument("--teacher", type=size, default=(12, 384), help="layers x width")
-    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=16384)
     parser.add_argument("--batch", type=int, default=4, help="sequences of a micro-batch")
     parser.add_argument("--seq-length", type=int, default=128)
     parser.add_argument("--micro-batches", type=int, default=8)

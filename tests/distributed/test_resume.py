@@ -33,7 +33,9 @@ def _second_half(
     """Resume from the middle checkpoint of `straight` in new processes, in a folder of its own."""
     name = f"step_{HALF:08d}"
     shutil.copytree(straight / "checkpoints" / name, folder / "checkpoints" / name)
-    return toy.train(config, folder, ranks, *LENGTH, *overrides)
+    resumed, *records = toy.train(config, folder, ranks, *LENGTH, *overrides)
+    assert resumed == {"step": HALF, "resumed_from": name}
+    return records
 
 
 def _after(records: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ FORBIDDEN = {
     "schedules": ("megatron",),
 }
 # May be absent, or break at import where there is no GPU: only the function that needs one asks.
-OPTIONAL = ("transformer_engine", "apex", "nvidia.dali", "triton")
+OPTIONAL = ("transformer_engine", "apex", "nvidia.dali", "triton", "wandb")
 # Built on one of them, and itself imported by the function that needs it alone.
 BUILT_ON = {"taid_megatron.losses.triton_kernels": "triton"}
 
