@@ -23,6 +23,7 @@ from data_tools.manifest import (
     MAGIC,
     TOKEN_DTYPES,
     VERSION,
+    WRITE_BYTES,
     DataError,
     FileRecord,
     bin_path,
@@ -61,6 +62,11 @@ class IndexedWriter:
         # Unlinked at birth: they vanish with the process, however it ends.
         self._lengths: BinaryIO = tempfile.TemporaryFile(dir=folder)  # type: ignore[assignment]
         self._documents: BinaryIO = tempfile.TemporaryFile(dir=folder)  # type: ignore[assignment]
+
+    @property
+    def digest(self) -> xxhash.xxh3_128:
+        """Of the tokens so far; for reading."""
+        return self._data.digest
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -202,8 +208,8 @@ class HashedFile:
         self.path = path
         self.temporary = temporary_name(path)
         self.digest = xxhash.xxh3_128()
-        # Smaller than read_blocks' blocks: these go through without another copy.
-        self.stream = self.temporary.open("wb", buffering=1 << 17)
+        # Half: pieces of WRITE_BYTES go through without another copy, smaller ones are gathered.
+        self.stream = self.temporary.open("wb", buffering=WRITE_BYTES // 2)
 
     def write(self, content: bytes | memoryview) -> None:
         """Appends and hashes."""

@@ -45,6 +45,10 @@ TOKEN_DTYPES: dict[int, np.dtype[Any]] = {
 # Rows of the index handled at once: 8 MiB of int64, whatever the corpus' size.
 CHUNK_ROWS = 1 << 20
 
+# Token files are written in pieces of this size: Linux then keeps them in pages of up to 2 MiB, and
+# mapping those costs a tenth of mapping the small pages that small writes leave behind.
+WRITE_BYTES = 4 << 20
+
 
 class DataError(ValueError):
     """Bad input: the message is one line that names the file (and row), the fault and the mend."""

@@ -14,6 +14,7 @@ import xxhash
 from data_tools.indexed_writer import IndexedWriter
 from data_tools.manifest import (
     CHUNK_ROWS,
+    WRITE_BYTES,
     DataError,
     FileRecord,
     IndexedFiles,
@@ -161,9 +162,11 @@ def _union(manifests: Sequence[Manifest]) -> list[FileRecord]:
 
 def _copy_tokens(files: IndexedFiles, manifest: Manifest, writer: IndexedWriter) -> None:
     data = bin_path(files.prefix)
-    digest = xxhash.xxh3_128()
-    for block in map_blocks(data):
-        digest.update(block)
+    # Up to the end of the first part, what is written has that part's hash.
+    digest = xxhash.xxh3_128() if writer.num_tokens else writer.digest
+    for block in map_blocks(data, WRITE_BYTES):
+        if digest is not writer.digest:
+            digest.update(block)
         writer.add_tokens(block)
     if digest.hexdigest() != manifest.outputs[0].xxh3:
         raise DataError(

@@ -25,7 +25,7 @@ from data_tools.rows import (
     one_line,
 )
 
-_ROWS_PER_BATCH = 256
+_ROWS_PER_BATCH = 64
 
 
 class _Columnar(Format):
@@ -98,7 +98,10 @@ class Parquet(_Columnar):
                     row = first
                     try:
                         for batch in opened.iter_batches(
-                            _ROWS_PER_BATCH, row_groups=[number], columns=[options.text_column]
+                            _ROWS_PER_BATCH,
+                            row_groups=[number],
+                            columns=[options.text_column],
+                            use_threads=False,  # of one column; each would keep memory of its own
                         ):
                             if row < piece.stop and row + batch.num_rows > piece.start:
                                 yield row, _as_bytes(arrow, batch.column(0))
