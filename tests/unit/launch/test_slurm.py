@@ -138,6 +138,13 @@ def test_a_signal_to_the_batch_script_reaches_every_node_once(
     assert (["requeue", "31234"] in stand_ins.calls("scontrol")) == requeued
 
 
+def test_a_slurm_that_signals_every_process_is_warned_about(stand_ins: StandIns) -> None:
+    code, said = submit(stand_ins, PROCTRACK="proctrack/linuxproc")
+    assert code == 0
+    assert "leaves no new checkpoint; proctrack/cgroup does" in said
+    assert "proctrack" not in submit(stand_ins)[1]
+
+
 def test_doctor_before_export_and_evaluate_after(stand_ins: StandIns) -> None:
     settings = {"DOCTOR": "yes", "EXPORT_TO": "exported", "EVALUATE": "yes"}
     code, said = submit(stand_ins, "run.yaml", "run.seed=7", **settings)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser, parse_args
 
 from .stand_ins import ROOT, StandIns
 
@@ -57,6 +58,14 @@ def test_the_installed_torch_is_probed_without_importing_it(stand_ins: StandIns)
     assert stand_ins.run(SCRIPT, "train", "run.yaml") == (0, "")
     words = stand_ins.calls("torchrun")[0][0]["words"]
     assert words[words.index("--nproc-per-node") + 1] == "1"
+    # and understands what it is given, of which an older one knows less
+    understood = parse_args(words)
+    known = set(get_args_parser()._option_string_actions)
+    assert ("--shutdown-timeout" in known) == ("--shutdown-timeout" in words)
+    assert ("--signals-to-handle" in known) == (NEW[0] in words)
+    assert getattr(understood, "shutdown_timeout", 600) == 600
+    assert "SIGUSR1" in getattr(understood, "signals_to_handle", "SIGUSR1")
+    assert understood.training_script_args == ["train", "run.yaml"]
 
 
 def test_environment_follows_the_layout_and_the_user(stand_ins: StandIns, torchs) -> None:
