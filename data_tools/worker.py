@@ -24,7 +24,7 @@ from data_tools.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer
 from data_tools.units import Unit, read_unit
 
 # A batch ends here, so that memory follows neither the documents' number nor their length: the
-# `tokenizers` package needs some 100 bytes for each token of a batch, and is no faster on larger ones.
+# `tokenizers` package needs some 100 bytes a token of a batch, and is no faster on larger ones.
 _BATCH_DOCUMENTS = 64
 _BATCH_CHARACTERS = 1 << 18
 MOST_LISTED = 1000
