@@ -175,7 +175,7 @@ class StandIns:
     def run(self, *command: str, **environment: str) -> tuple[int, str]:
         """Exit code and everything it said."""
         process = self.start(*command, **environment)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         return process.returncode, out + err
 
     def calls(self, program: str) -> list[Any]:
