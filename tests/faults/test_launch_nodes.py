@@ -44,7 +44,8 @@ def job() -> dict[str, str]:
 
 def records(folder: Path) -> list[dict]:
     path = folder / "run/metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [record for record in map(json.loads, lines) if "resumed_from" not in record]
 
 
 def logs(folder: Path) -> str:

@@ -79,7 +79,8 @@ def _strike(config: Path, folder: Path, bad_rank: int, fault: Callable, *overrid
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return [record for record in records if "resumed_from" not in record]
 
 
 def test_a_lost_rank_is_named_and_the_run_goes_on_bit_for_bit(config, tmp_path, capfd) -> None:
