@@ -37,6 +37,7 @@ _EXAMPLES = {
     "doctor": (
         "taid-megatron doctor",
         "taid-megatron doctor student.yaml",
+        "taid-megatron doctor --checkpoint runs/student-taid",
         "torchrun --nproc-per-node 8 -m taid_megatron doctor --network",
     ),
 }

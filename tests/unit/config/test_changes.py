@@ -51,6 +51,7 @@ def test_a_change_is_one_line_with_both_values():
         ("teacher.architecture.num_layers=6", "teacher.architecture.num_layers"),
         ("student.hidden_dropout=0.1", "student.hidden_dropout"),
         ("data.eod_mask_loss=true", "data.eod_mask_loss"),
+        ("engine.fp8=delayed", "engine.fp8"),
     ],
 )
 def test_what_changes_the_training_is_named(override, key):
@@ -64,7 +65,8 @@ def test_where_it_runs_and_what_it_writes_is_free():
         *("training.micro_batch_size=4", "training.stop_at=5", "training.max_minutes=1"),
         *("training.recompute.granularity=full", "loss.kernel=torch", "loss.fused_head=true"),
         *("checkpoint.every=5", "evaluation.every=5", "logging.every=5", "data.prefetch=0"),
-        "data.validation=data/held_out",
+        *("data.validation=data/held_out", "data.reader=dali", "engine.layers=local"),
+        "training.step_timeout=60",
     )
 
 
