@@ -8,8 +8,9 @@ The text is that of this Python's own library and packages (*.py), as Parquet wi
 documents; the tokenizer is a byte-level BPE trained on some of it. Every version runs in a process
 of its own, its children counted, and the versions take turns; a ratio is the median over the rounds
 of that round's CPU-seconds. Memory is that of all processes of a version together, the largest of
-ten samples a second: what they share by a fork counts once, and so do mapped files. What is compared
-has to write the same bytes, else the run fails. The last table sets the ratios beside the targets.
+ten samples a second: what they share by a fork counts once, and so do mapped files. What is
+compared has to write the same bytes, else the run fails. The last table sets the ratios beside the
+targets.
 
 `preprocess_data` follows Megatron-LM's tools/preprocess_data.py: JSON lines through a pool of one
 process, `encode` document by document, megatron-core's IndexedDatasetBuilder, a tokenizer in both.
