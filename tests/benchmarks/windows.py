@@ -18,7 +18,7 @@ import torch
 from data_tools.manifest import read_manifest
 from taid_megatron.data.datasets import build_datasets
 
-SEQ_LENGTH, SAMPLES = 2048, 4000
+SEQ_LENGTH = 2048
 CASES: dict[str, dict[str, bool]] = {
     "plain": {},
     "documents apart": {
@@ -78,7 +78,7 @@ class LeanWindows:
         }
 
 
-def _dataset(prefix: Path, case: str) -> Any:
+def _dataset(prefix: Path, case: str, samples: int) -> Any:
     manifest = read_manifest(prefix)
     assert manifest
     torch.set_num_threads(1)
@@ -86,7 +86,7 @@ def _dataset(prefix: Path, case: str) -> Any:
         train_blend=[(str(prefix), 1.0)],
         seq_length=SEQ_LENGTH,
         seed=1,
-        num_train_samples=SAMPLES,
+        num_train_samples=samples,
         num_valid_samples=None,
         eod_id=manifest.tokenizer.eod_id,
         cache_path=prefix.parent / "cache",
@@ -94,17 +94,17 @@ def _dataset(prefix: Path, case: str) -> Any:
     )[0]
 
 
-def measure_windows(prefix: Path, rounds: int) -> dict[str, dict[str, float]]:
+def measure_windows(prefix: Path, samples: int, rounds: int) -> dict[str, dict[str, float]]:
     """For each case and reader: samples per CPU-second, and how many times GPTDataset's that is.
 
     Reading alone, in this process: neither the imports nor the building of the index.
     """
     table = {}
     for case in CASES:
-        dataset = _dataset(prefix, case)
+        dataset = _dataset(prefix, case, samples)
         lean = LeanWindows(dataset)
-        _check_equal(dataset, lean, case)
-        pairs = [(_seconds(dataset), _seconds(lean)) for _ in range(rounds)]
+        _check_equal(dataset, lean, case, samples)
+        pairs = [(_seconds(dataset, samples), _seconds(lean, samples)) for _ in range(rounds)]
         for name, column in (("GPTDataset", 0), ("lean reader", 1)):
             ratios = [pair[0] / pair[column] for pair in pairs]
             table[f"{name}, {case}"] = {
@@ -116,15 +116,15 @@ def measure_windows(prefix: Path, rounds: int) -> dict[str, dict[str, float]]:
     return table
 
 
-def _seconds(samples: Any) -> float:
+def _seconds(reader: Any, samples: int) -> float:
     began = time.process_time()
-    for number in range(SAMPLES):
-        samples[number]
+    for number in range(samples):
+        reader[number]
     return time.process_time() - began
 
 
-def _check_equal(dataset: Any, lean: LeanWindows, case: str) -> None:
-    for number in range(0, SAMPLES, 100):
+def _check_equal(dataset: Any, lean: LeanWindows, case: str, samples: int) -> None:
+    for number in range(0, samples, 100):
         theirs, ours = dataset[number], lean[number]
         if theirs.keys() != ours.keys():
             raise SystemExit(f"{case}: sample {number} has {list(ours)}, not {list(theirs)}")

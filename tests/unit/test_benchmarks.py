@@ -87,7 +87,7 @@ def test_checkpoint(tmp_path):
 def test_data(tmp_path):
     """It refuses by itself where a version writes other bytes or reads other samples."""
     sizes = ("--megabytes", "0.6", "--vocabulary", "700", "--rounds", "1")
-    sizes += ("--index-documents", "20000", "--token-megabytes", "3")
+    sizes += ("--index-documents", "20000", "--token-megabytes", "3", "--windows", "200")
     found = run("data.py", tmp_path / "data.json", *sizes)
     assert found["tokenizing"]["preprocess_data"]["peak"] > 50 * 2**20  # numpy alone is more
     assert {row["what"] for row in found["targets"]} >= {"merge / cp", "index / megatron-core"}
