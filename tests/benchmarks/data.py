@@ -1,16 +1,19 @@
 """`taid-data` beside other ways of preparing data: ratios of CPU-seconds in one run.
 
     python tests/benchmarks/data.py [--megabytes 40] [--vocabulary 32000] [--rounds 3]
-                                    [--index-documents 2000000] [--json FILE]
+                                    [--index-documents 2000000] [--token-megabytes 300]
+                                    [--windows 4000] [--json FILE]
 
 The text is that of this Python's own library and packages (*.py), as Parquet with row groups of 500
 documents; the tokenizer is a byte-level BPE trained on some of it. Every version runs in a process
 of its own, its children counted, and the versions take turns; a ratio is the median over the rounds
-of that round's CPU-seconds. Memory is the peak resident size of the process. What is compared has
-to write the same bytes, else the run fails.
+of that round's CPU-seconds. Memory is that of all processes of a version together, the largest of
+ten samples a second: what they share by a fork counts once, and so do mapped files. What is
+compared has to write the same bytes, else the run fails. The last table sets the ratios beside the
+targets.
 
 `preprocess_data` follows Megatron-LM's tools/preprocess_data.py: JSON lines through a pool of one
-process, `encode` document by document, megatron-core's IndexedDatasetBuilder.
+process, `encode` document by document, megatron-core's IndexedDatasetBuilder, a tokenizer in both.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from measure import peak_bytes, write_json
+from measure import memory_of_tree, write_json
 
 from data_tools.indexed_writer import IndexedWriter
 from data_tools.manifest import map_blocks
@@ -53,32 +56,42 @@ def cpu_seconds() -> float:
     return own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime
 
 
-def measure(work: Callable[[], object]) -> dict[str, float]:
-    """CPU-seconds and peak bytes of `work` in a process of its own, a fork of this one."""
+def measure(
+    work: Callable[[], object], ready: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """CPU-seconds and peak bytes of `work` in a process of its own, a fork of this one.
+
+    ready: called there before, its time not counted.
+    """
     receiver, sender = FORK.Pipe(duplex=False)
 
     def child() -> None:
-        peak_bytes(reset=True)
+        ready()
         began = cpu_seconds()
         work()
-        seconds = cpu_seconds() - began
-        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        sender.send({"seconds": seconds, "peak": max(peak_bytes(), children)})
+        sender.send(cpu_seconds() - began)
 
     process = FORK.Process(target=child)
     process.start()
-    process.join()
+    peak = 0
+    while process.is_alive():
+        peak = max(peak, memory_of_tree(os.getpid()))
+        process.join(0.1)
     if process.exitcode:
         raise SystemExit(f"a version failed with exit code {process.exitcode}")
-    return receiver.recv()
+    return {"seconds": receiver.recv(), "peak": peak}
 
 
-def compare(versions: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+def compare(
+    versions: dict[str, Callable[[], object]],
+    rounds: int,
+    ready: Callable[[], object] = lambda: None,
+) -> dict[str, dict[str, float]]:
     """Median CPU-seconds, and of the ratios to the first version, which are taken per round."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in versions}
     for _ in range(rounds):
         for name, work in versions.items():
-            found[name].append(measure(work))
+            found[name].append(measure(work, ready))
     first = next(iter(versions))
     table = {}
     for name, results in found.items():
@@ -101,9 +114,10 @@ def show(title: str, table: dict[str, dict[str, float]], megabytes: float | None
     print(f"\n{title}; speed: CPU-seconds of '{first}' / those of the row, lowest-highest round")
     for name, row in table.items():
         rate = f"{megabytes / row['seconds']:9.2f} MB/CPU-s" if megabytes else ""
+        memory = f"memory {row['peak'] / 2**20:6.0f} MiB" if "peak" in row else ""
         print(
             f"  {name:34s} {row['speed']:7.2f} ({row['slowest_round']:.2f}-"
-            f"{row['fastest_round']:.2f}) {rate} peak {row['peak'] / 2**20:8.0f} MiB"
+            f"{row['fastest_round']:.2f}) {rate} {memory}"
         )
 
 
@@ -182,16 +196,16 @@ def _encode_megatron(line: str) -> list[int]:
 
 def preprocess_data(folder: Path) -> None:
     """Source: Megatron-LM, tools/preprocess_data.py, with one worker and --append-eod."""
-    import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+    _start_megatron(folder / "bpe.json")  # the script's parent asks it for the vocabulary's size
     builder = IndexedDatasetBuilder(str(folder / "megatron.bin"), dtype=DType.optimal_dtype(32_000))
     with (
         (folder / "corpus.jsonl").open() as lines,
         FORK.Pool(1, _start_megatron, (folder / "bpe.json",)) as pool,
     ):
         for ids in pool.imap(_encode_megatron, lines, 32):
-            builder.add_document(torch.IntTensor(ids), [len(ids)])
+            builder.add_document(ids, [len(ids)])
         pool.close()
         pool.join()
     builder.finalize(str(folder / "megatron.idx"))
@@ -207,6 +221,11 @@ def check_equal(folder: Path) -> None:
 
 
 # ---- the index -----------------------------------------------------------------------------------
+
+
+def import_megatron() -> None:
+    """Some seconds, which the index of a small corpus would not outweigh."""
+    import megatron.core.datasets.indexed_dataset  # noqa: F401
 
 
 def finalize_megatron(folder: Path, documents: int) -> None:
@@ -233,9 +252,9 @@ def finalize_taid(folder: Path, documents: int) -> None:
 # ---- whole files ---------------------------------------------------------------------------------
 
 
-def repeated(work: Callable[[], object]) -> Callable[[], object]:
-    """A pass takes some milliseconds: several of them outweigh the start of the process."""
-    return lambda: [work() for _ in range(_PASSES)]
+def repeated(work: Callable[[], object], passes: int = _PASSES) -> Callable[[], object]:
+    """Several short passes outweigh the start of the process and memory that is new to it."""
+    return lambda: [work() for _ in range(passes)]
 
 
 def hash_pass(path: Path) -> None:
@@ -260,26 +279,31 @@ def verify_file(prefix: Path) -> None:
 def merge_files(folder: Path, count: int) -> None:
     from data_tools.merge import merge
 
-    for file in folder.glob("copy*"):  # neither pays for the other's pages
-        file.unlink()
+    remove_written(folder)
     merge([folder / "big"] * count, folder / "merged")
 
 
 def copy_by_cp(folder: Path, count: int) -> None:
-    for file in folder.glob("merged*"):
-        file.unlink()
+    remove_written(folder)
     for number in range(count):
         for ending in ("bin", "idx"):
             source = str(folder / f"big.{ending}")
             subprocess.run(["cp", source, str(folder / f"copy{number}.{ending}")], check=True)
 
 
-def make_big(folder: Path) -> None:
-    """The prepared text repeated to some 300 MB of tokens."""
+def remove_written(folder: Path) -> None:
+    """Each pass writes into the memory that the one before it has left."""
+    for name in ("copy*", "merged*"):
+        for file in folder.glob(name):
+            file.unlink()
+
+
+def make_big(folder: Path, megabytes: float) -> None:
+    """The prepared text repeated to so many MB of tokens."""
     from data_tools.merge import merge
 
     size = (folder / "reference.bin").stat().st_size
-    merge([folder / "reference"] * max(2, 300_000_000 // size), folder / "big")
+    merge([folder / "reference"] * max(2, int(megabytes * 1e6) // size), folder / "big")
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -309,6 +333,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "taid-data": lambda: finalize_taid(folder, count),
         },
         args.rounds,
+        import_megatron,
     )
     theirs, ours = ((folder / f"{name}.idx").read_bytes() for name in ("theirs", "ours"))
     if theirs != ours:
@@ -316,7 +341,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     show(f"Index of {count:,} documents", table)
     results["index"] = table
 
-    measure(lambda: make_big(folder))
+    measure(lambda: make_big(folder, args.token_megabytes))
     big = (folder / "big.bin").stat().st_size / 1e6
     in_memory = np.fromfile(folder / "big.bin", np.uint16)
     table = compare(
@@ -333,14 +358,72 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     results["verify"] = table
     table = compare(
         {
-            "cp": lambda: copy_by_cp(folder, 2),
-            "taid-data merge": lambda: merge_files(folder, 2),
+            "cp": repeated(lambda: copy_by_cp(folder, 2), 3),
+            "taid-data merge": repeated(lambda: merge_files(folder, 2), 3),
         },
         max(5, args.rounds),
     )
-    show(f"Merging 2 x {big:.0f} MB of tokens", table, 2 * big)
+    show(f"Merging 2 x {big:.0f} MB of tokens", table, 3 * 2 * big)
     results["merge"] = table
+    with FORK.Pool(1) as pool:  # torch is not imported here
+        table = pool.apply(windows, (folder / "big", args.windows, args.rounds))
+    show("Reading windows of 2,048 tokens, samples per CPU-second", table)
+    results["windows"] = table
+    results["targets"] = targets(results)
     return results
+
+
+def windows(prefix: Path, samples: int, rounds: int) -> dict[str, dict[str, float]]:
+    """megatron-core's GPTDataset against a lean reader over the same index."""
+    from windows import measure_windows
+
+    return measure_windows(prefix, samples, rounds)
+
+
+def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Prints and returns the ratios that the project set itself, and what came out."""
+
+    def speed(table: str, one: str, other: str) -> float:
+        return results[table][one]["speed"] / results[table][other]["speed"]
+
+    tokenizing = results["tokenizing"]
+    memory = {
+        name: row["peak"] / tokenizing["preprocess_data"]["peak"]
+        for name, row in tokenizing.items()
+    }
+    ours, fast = "taid-data, tokenizers", "taid-data, tiktoken"
+    rows = [
+        (f"{ours} / preprocess_data", speed("tokenizing", ours, "preprocess_data"), ">=", 1.5),
+        (f"{ours} / tokenizers alone", speed("tokenizing", ours, "tokenizers alone"), ">=", 0.95),
+        (f"{fast} / {ours}", speed("tokenizing", fast, ours), ">=", 5),
+        ("memory, tokenizers / preprocess_data", memory[ours], "<=", 1 / 3),
+        ("memory, tiktoken / preprocess_data", memory[fast], "<=", 1 / 3),
+        ("index / megatron-core", speed("index", "taid-data", "megatron-core"), ">=", 50),
+        (
+            "hash pass / xxh3 of memory",
+            speed("verify", "verify's hash pass", "xxh3 of memory"),
+            ">=",
+            0.8,
+        ),
+        (
+            "id pass / largest id in memory",
+            speed("verify", "verify's id pass", "largest id in memory"),
+            ">=",
+            1,
+        ),
+        ("merge / cp", speed("merge", "taid-data merge", "cp"), ">=", 0.6),
+        *(
+            (f"windows, {name}, against GPTDataset", row["speed"], ">=", 5)
+            for name, row in results["windows"].items()
+            if name.startswith("lean")
+        ),
+    ]
+    print("\nRatios and targets")
+    for name, found, relation, target in rows:
+        missed = found < target if relation == ">=" else found > target
+        end = ", missed" if missed else ""
+        print(f"  {name:48s} {found:6.2f}, target {relation} {target:.2f}{end}")
+    return [dict(zip(("what", "found", "relation", "target"), row, strict=True)) for row in rows]
 
 
 def main() -> None:
@@ -348,6 +431,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=40)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--index-documents", type=int, default=2_000_000)
+    parser.add_argument("--token-megabytes", type=float, default=300)
+    parser.add_argument("--windows", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

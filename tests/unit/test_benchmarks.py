@@ -83,7 +83,20 @@ def test_checkpoint(tmp_path):
     assert all(row["seconds"] >= row["stands_still"] > 0 for row in rows)
 
 
+@pytest.mark.skipif(not find_spec("pyarrow"), reason="its text lies in Parquet")
+def test_data(tmp_path):
+    """It refuses by itself where a version writes other bytes or reads other samples."""
+    sizes = ("--megabytes", "0.6", "--vocabulary", "700", "--rounds", "1")
+    sizes += ("--index-documents", "20000", "--token-megabytes", "3", "--windows", "200")
+    found = run("data.py", tmp_path / "data.json", *sizes)
+    assert found["tokenizing"]["preprocess_data"]["peak"] > 50 * 2**20  # numpy alone is more
+    assert {row["what"] for row in found["targets"]} >= {"merge / cp", "index / megatron-core"}
+    for row in found["targets"]:
+        assert row["found"] > 0
+        assert row["relation"] in (">=", "<=")
+
+
 def test_the_runner_names_the_benchmarks_it_knows():
     runner = (BENCHMARKS / "run.sh").read_text()
     for script in BENCHMARKS.glob("*.py"):
-        assert script.stem == "measure" or script.stem in runner
+        assert script.stem in ("measure", "windows") or script.stem in runner

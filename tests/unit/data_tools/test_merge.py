@@ -123,6 +123,8 @@ def test_what_does_not_belong_together_is_not_merged(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=fault):
             merge([a, second], tmp_path / "x")
+    with pytest.raises(DataError, match=r"damaged\.bin: its content is not what its manifest"):
+        merge([damaged, a], tmp_path / "x")
     for prefixes, out, fault in (([a], tmp_path / "x", "two"), ([a, a], a, "another --out")):
         with pytest.raises(DataError, match=fault):
             merge(prefixes, out)

@@ -3,6 +3,8 @@
 import gzip
 import json
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -315,3 +317,29 @@ def test_a_worker_that_dies_is_told(
     run(many, tokenizer, tmp_path / "a", text_column="text")
     run(many, tokenizer, tmp_path / "b", text_column="text")
     assert content(tmp_path / "a")["idx"] == content(tmp_path / "b")["idx"]
+
+
+def test_memory_does_not_follow_the_corpus(
+    tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    """Eight times the text, a few megabytes more at the most."""
+    code = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from data_tools import rows\n"
+        "from data_tools.prepare import Settings, prepare\n"
+        "rows.PIECE_BYTES = 1 << 18\n"
+        "def peak(name, lines):\n"
+        "    text = Path(json.__file__).read_text()\n"
+        "    line = json.dumps({'text': text}) + '\\n'\n"
+        "    with open(name, 'w') as stream:\n"
+        "        stream.writelines(line for _ in range(lines))\n"
+        "    prepare([name], sys.argv[1], name + '.out', Settings(workers=1))\n"
+        "    status = Path('/proc/self/status').read_text()\n"
+        "    return int(status.split('VmHWM:')[1].split()[0])\n"
+        "first = peak(sys.argv[2] + '/a.jsonl', 60)\n"
+        "print(peak(sys.argv[2] + '/b.jsonl', 480) - first)\n"
+    )
+    command = [sys.executable, "-c", code, str(tokenizer.path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 5 << 10  # KiB, where the text alone is 5.9 MB more
