@@ -57,6 +57,7 @@ def test_a_run_that_has_everything_passes(run, tmp_path, capsys) -> None:
     assert cli.main(["doctor", str(tmp_path / "run.yaml")]) == 0
     table = capsys.readouterr().out
     assert "megatron-core" in table
+    assert "\x1b" not in table  # plain where it is no terminal
     assert "its values fit together" in table
 
 

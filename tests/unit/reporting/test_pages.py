@@ -31,7 +31,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
         assert len(values) == len(attributes), f"an attribute of <{tag}> is given twice"
-        assert tag not in IN or self.open[-1] == IN[tag], f"<{tag}> in {self.open}"
+        assert tag not in IN or self.open[-1:] == [IN[tag]], f"<{tag}> in {self.open}"
         self.seen.append(tag)
         self.links += [values[name] for name in ("src", "href") if name in values]
         if tag == "img":
