@@ -9,11 +9,11 @@ die() {
 }
 
 child=""
-caught=""
+caught="" sent=""
 
-# forward_signal SEEN SENT: hand a signal on to the running command.
+# forward_signal SEEN SENT: hand a signal on to the running command, or to the next one.
 forward_signal() {
-    caught="$1"
+    caught="$1" sent="$2"
     [ -z "$child" ] || kill -s "$2" "$child" 2>/dev/null || true
 }
 
@@ -28,6 +28,8 @@ forwarding() {
     "$@" </dev/null &
     child=$!
     set +m
+    # one that came before there was a child
+    [ -z "$caught" ] || kill -s "$sent" "$child" 2>/dev/null || true
     while :; do
         caught=""
         last=0

@@ -19,13 +19,29 @@
 #
 # SIGTERM, SIGUSR1, SIGINT and SIGHUP go on to the ranks.
 # Exit code: of `train` the one in RUN/run_status.json, where this run wrote it (torchrun itself
-# knows 0 and 1 only); else torchrun's. 2: something to mend, and nothing was started.
+# knows 0 and 1 only); else torchrun's. 2: something to mend, and nothing was started. 75, too, where
+# a signal came before the ranks were started.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 NAME=torchrun.sh
 # shellcheck source=launch/common.sh
 . "$root/launch/common.sh"
+
+# From the start on: Slurm's SIGUSR1 would end a script that has no trap yet.
+usr1=USR1
+trap 'forward_signal TERM TERM' TERM
+trap 'forward_signal INT INT' INT
+trap 'forward_signal HUP HUP' HUP
+trap 'forward_signal USR1 "$usr1"' USR1
+
+# Also after a command that failed: a signal to the whole group ended it.
+end_if_signalled() {
+    [ -z "$caught" ] || {
+        say "SIG$caught before the ranks were started: nothing was run"
+        exit 75
+    }
+}
 
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
@@ -84,14 +100,21 @@ whole --shutdown-timeout "$shutdown_timeout" 0
 
 python="$(find_python)"
 torch="$("$python" -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])' \
-    2>/dev/null)" || die "$python has no torch; run bash launch/setup.sh, or set PYTHON"
+    2>/dev/null)" || {
+    end_if_signalled
+    die "$python has no torch; run bash launch/setup.sh, or set PYTHON"
+}
 
 # The configuration is read once here, so that a bad one is refused before any rank starts.
 status="" tensor=1 context=1
 if [ "$1" = train ]; then
     [ $# -ge 2 ] || die "train: no CONFIG.yaml given"
     values="$("$python" -m taid_megatron.config.value "${@:2}" -- \
-        run.folder parallel.tensor parallel.context)" || exit $?
+        run.folder parallel.tensor parallel.context)" || {
+        code=$?
+        end_if_signalled
+        exit "$code"
+    }
     { read -r status && read -r tensor && read -r context; } <<<"$values"
     status="$status/run_status.json"
 fi
@@ -130,7 +153,6 @@ else
     options+=(--standalone)
 fi
 start=("$python")
-usr1=USR1
 if grep -q -e '"--signals-to-handle"' "$torch/distributed/run.py"; then
     options+=("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 else
@@ -160,10 +182,7 @@ print(code if isinstance(code, int) else "")' "$status" || say "$status cannot b
 }
 
 before="$([ -z "$status" ] || written)"
-trap 'forward_signal TERM TERM' TERM
-trap 'forward_signal INT INT' INT
-trap 'forward_signal HUP HUP' HUP
-trap 'forward_signal USR1 "$usr1"' USR1
+end_if_signalled
 code=0
 forwarding "${start[@]}" -m torch.distributed.run "${options[@]}" -m taid_megatron "$@" || code=$?
 written_code="$(status_code)"

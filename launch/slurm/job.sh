@@ -11,6 +11,24 @@ NAME=job.sh
 # shellcheck source=launch/common.sh
 . "$root/launch/common.sh"
 
+# From the start on: a job may be warned while it reads its configuration.
+stopped_by=""
+trap 'stopped_by=USR1; forward_signal USR1 USR1' USR1
+trap 'stopped_by=TERM; forward_term' TERM
+
+# No grep -q in a pipe: scontrol would die of the closed end, and with pipefail that is a "no".
+is_running() { scontrol show job --oneliner "$SLURM_JOB_ID" | grep 'JobState=RUNNING ' >/dev/null; }
+
+# srun answers SIGTERM by killing its tasks, and hands SIGUSR1 on to them. A job that is cancelled or
+# has lost a node is signalled by Slurm, tasks included: once more would be the second signal.
+forward_term() {
+    if is_running; then
+        forward_signal TERM USR1
+    else
+        caught=TERM
+    fi
+}
+
 [ -n "${SLURM_JOB_ID:-}" ] ||
     die "runs inside a Slurm job; submit one: sbatch launch/slurm/generic.sbatch CONFIG.yaml"
 [ $# -ge 1 ] || die "no CONFIG.yaml given: sbatch ... FILE.sbatch CONFIG.yaml [section.key=value ...]"
@@ -72,25 +90,27 @@ on_all_ranks() {
 
 has_command() { taid_megatron "$1" --help >/dev/null 2>&1; }
 
-# requeue_or_end: after a run that stopped with a checkpoint.
+# requeue_or_end HOW: after a run that stopped.
 requeue_or_end() {
-    if [ "$stopped_by" = TERM ]; then
-        say "stopped with a checkpoint by SIGTERM: not requeued; the same sbatch line goes on from it"
-    elif ! scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING '; then
-        # scancel signals the ranks, too: a cancelled job must not come back.
-        say "stopped with a checkpoint, and the job is being cancelled: not requeued"
+    if ! is_running; then
+        say "$1, and Slurm is ending the job: not requeued from here"
+    elif [ "$stopped_by" = TERM ]; then
+        say "$1 by SIGTERM: not requeued; the same sbatch line goes on from its newest checkpoint"
     elif [ "$restarts" -ge "$max_requeues" ]; then
-        say "stopped with a checkpoint after $restarts restarts, MAX_REQUEUES=$max_requeues: not requeued"
+        say "$1 after $restarts restarts, MAX_REQUEUES=$max_requeues: not requeued"
     else
-        say "stopped with a checkpoint: requeueing, restart $((restarts + 1)) of at most $max_requeues"
+        say "$1: requeueing, restart $((restarts + 1)) of at most $max_requeues"
         scontrol requeue "$SLURM_JOB_ID" || die "scontrol requeue failed; submit the job again"
     fi
     exit 75
 }
 
+# A warned job has no time left for what comes next.
+go_on_if_not_stopped() { [ -z "$stopped_by" ] || requeue_or_end "stopped before the run began"; }
+
 mkdir -p "$logs" || die "LOGS=$logs cannot be made"
 say "job $SLURM_JOB_ID, restart $restarts, $nodes nodes; a log per node: $logs/$SLURM_JOB_ID-*.log"
-if scontrol show config 2>/dev/null | grep -q 'ProctrackType .*proctrack/linuxproc'; then
+if scontrol show config 2>/dev/null | grep 'ProctrackType .*proctrack/linuxproc' >/dev/null; then
     # Ranks would get a signal from Slurm and again from torchrun, and take it for a second one.
     say "this Slurm has ProctrackType=proctrack/linuxproc, which signals every process of a step: a" \
         "stop by signal or time limit leaves no new checkpoint; proctrack/cgroup does"
@@ -103,10 +123,6 @@ run="$(on_first_node "$PYTHON" -m taid_megatron.config.value "$@" -- run.folder 
 [ "${EVALUATE:-no}" = no ] || has_command evaluate ||
     die "EVALUATE=$EVALUATE: this version has no 'taid-megatron evaluate'; submit without it"
 
-stopped_by=""
-trap 'stopped_by=USR1; forward_signal USR1 USR1' USR1
-trap 'stopped_by=TERM; forward_signal TERM TERM' TERM
-
 code=0
 if [ "${DOCTOR:-yes}" = no ]; then
     say "DOCTOR=no: the network is not timed"
@@ -115,15 +131,21 @@ elif ! has_command doctor; then
 else
     say "doctor --network"
     on_all_ranks doctor "$@" --network || code=$?
+    go_on_if_not_stopped
     [ "$code" = 0 ] || {
         say "doctor ended with $code (see the logs); DOCTOR=no trains in spite of it"
         exit "$code"
     }
 fi
 
+go_on_if_not_stopped
 say "train"
 on_all_ranks train "$@" || code=$?
-if [ "$code" = 75 ]; then requeue_or_end; fi
+if [ "$code" = 75 ]; then requeue_or_end "stopped with a checkpoint"; fi
+# Ranks that were still starting die of the signal; one with a bad configuration would do it again.
+if [ "$code" != 0 ] && [ "$code" != 2 ] && [ -n "$stopped_by" ]; then
+    requeue_or_end "stopped with code $code, without a checkpoint of its own"
+fi
 if [ "$code" != 0 ]; then
     say "train ended with $code: not requeued; the logs say why"
     exit "$code"

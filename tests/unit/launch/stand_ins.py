@@ -29,10 +29,13 @@ asked = parser.parse_args()
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(json.dumps(["srun", vars(asked), os.environ.get("SRUN_CPUS_PER_TASK")]) + "\n")
 assert asked.nodes == asked.ntasks, "one task per node"
+if os.environ.get("EARLY_SIGNAL") == "job" and "taid_megatron.config.value" in asked.command:
+    os.kill(os.getsid(0), signal.SIGUSR1)
 tasks = []
 def forward(number, frame):
     for task in tasks:
-        task.send_signal(number)
+        # as the real one: "forcing job termination"
+        task.send_signal(signal.SIGKILL if number == signal.SIGTERM else number)
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, forward)
 for node in range(asked.ntasks):
@@ -79,6 +82,9 @@ PYTHON = r"""
 import json, os, signal, subprocess, sys, zlib
 words = sys.argv[1:]
 if words[0] == "-c" or words[1] == "taid_megatron.config.value":
+    if os.environ.get("EARLY_SIGNAL") == "group" and words[0] == "-m":
+        os.killpg(os.getsid(0), signal.SIGUSR1)  # this process and the script
+        signal.pause()
     if "find_spec" in words[1] and os.environ.get("FAKE_TORCH"):
         print(os.environ["FAKE_TORCH"])
         sys.exit()

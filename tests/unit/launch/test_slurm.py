@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from .stand_ins import ROOT, StandIns
@@ -88,7 +89,7 @@ def ranks(stand_ins: StandIns) -> list:
         ({"SLURM_RESTART_COUNT": "19"}, True, "restart 20 of at most 20"),
         ({"SLURM_RESTART_COUNT": "20"}, False, "MAX_REQUEUES=20: not requeued"),
         ({"MAX_REQUEUES": "0"}, False, "MAX_REQUEUES=0: not requeued"),
-        ({"JOB_STATE": "CANCELLED"}, False, "being cancelled: not requeued"),
+        ({"JOB_STATE": "CANCELLED"}, False, "Slurm is ending the job: not requeued"),
     ],
 )
 def test_exit_75_requeues_up_to_the_cap(
@@ -108,6 +109,41 @@ def test_exit_75_requeues_up_to_the_cap(
     assert steps(stand_ins) == ["train"]
 
 
+def test_a_warning_before_the_run_requeues_without_one(stand_ins: StandIns) -> None:
+    code, text = submit(stand_ins, EARLY_SIGNAL="job")
+    assert (code, steps(stand_ins)) == (75, [])
+    assert "stopped before the run began: requeueing, restart 1 of" in text
+    assert ["requeue", "31234"] in stand_ins.calls("scontrol")
+
+
+@pytest.mark.parametrize(("train_code", "requeued"), [(1, True), (2, False)])
+def test_ranks_that_a_warning_ends_before_they_hear_it(
+    stand_ins: StandIns, train_code: int, requeued: bool
+) -> None:
+    process = start_waiting(stand_ins, {"wait": True, "code": train_code})
+    os.kill(process.pid, signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == (75 if requeued else 2)
+    assert (f"code {train_code}, without a checkpoint of its own: requeueing" in said) == requeued
+    assert (["requeue", "31234"] in stand_ins.calls("scontrol")) == requeued
+
+
+def start_waiting(stand_ins: StandIns, train: dict, **more: str) -> subprocess.Popen[str]:
+    """The batch script, once the stand-ins of torchrun wait for a signal on both nodes."""
+    process = stand_ins.start(
+        *(str(SLURM / "generic.sbatch"), "run.yaml"),
+        **JOB,
+        PLAN=plan(train=train),
+        STATUS_FILE=str(stand_ins.folder / "run/run_status.json"),
+        **more,
+    )
+    while len(ranks(stand_ins)) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    time.sleep(0.1)  # from their note to their pause
+    return process
+
+
 @pytest.mark.parametrize("train_code", [1, 2])
 def test_a_failure_is_not_requeued(stand_ins: StandIns, train_code: int) -> None:
     code, text = submit(stand_ins, PLAN=plan(train={"code": train_code}))
@@ -120,22 +156,30 @@ def test_a_failure_is_not_requeued(stand_ins: StandIns, train_code: int) -> None
 def test_a_signal_to_the_batch_script_reaches_every_node_once(
     stand_ins: StandIns, name: str, requeued: bool
 ) -> None:
-    stopped = {"wait": True, "status": {"exit_code": 75}, "code": 1}
-    process = stand_ins.start(
-        *(str(SLURM / "generic.sbatch"), "run.yaml"),
-        **JOB,
-        PLAN=plan(train=stopped),
-        STATUS_FILE=str(stand_ins.folder / "run/run_status.json"),
-    )
-    while len(ranks(stand_ins)) < 2:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    time.sleep(0.1)  # from their note to their pause
+    process = start_waiting(stand_ins, {"wait": True, "status": {"exit_code": 75}, "code": 1})
     os.kill(process.pid, signal.Signals[name])  # as --signal=B: does
     process.communicate(timeout=60)
     assert process.returncode == 75
-    assert stand_ins.calls("signals") == [[[name]], [[name]]]
+    # srun kills its tasks where it gets SIGTERM
+    assert stand_ins.calls("signals") == [[["SIGUSR1"]], [["SIGUSR1"]]]
     assert (["requeue", "31234"] in stand_ins.calls("scontrol")) == requeued
+
+
+def test_a_cancelled_job_s_ranks_get_slurm_s_signal_alone(stand_ins: StandIns) -> None:
+    """Slurm sends it to tasks and batch script, once the state of the job has changed."""
+    process = start_waiting(
+        stand_ins, {"wait": True, "status": {"exit_code": 75}, "code": 1}, JOB_STATE="COMPLETING"
+    )
+    below = psutil.Process(process.pid).children(recursive=True)
+    tasks = [one for one in below if one.cmdline()[1:2] == [str(ROOT / "launch/torchrun.sh")]]
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.2)  # what the script would hand on comes first
+    for task in tasks:
+        task.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, len(tasks)) == (75, 2)
+    assert stand_ins.calls("signals") == [[["SIGTERM"]], [["SIGTERM"]]]
+    assert "Slurm is ending the job: not requeued from here" in said
 
 
 def test_a_slurm_that_signals_every_process_is_warned_about(stand_ins: StandIns) -> None:

@@ -171,6 +171,14 @@ def test_a_signal_arrives_once_and_is_waited_for(
     assert stand_ins.calls("signals") == [[[name]]]
 
 
+def test_a_signal_before_the_ranks_are_started(stand_ins: StandIns, torchs) -> None:
+    """Slurm sends it to the whole group: it ends what the script runs then, too."""
+    call = (SCRIPT, "train", "run.yaml")
+    code, said = stand_ins.run(*call, FAKE_TORCH=torchs["flags"], EARLY_SIGNAL="group")
+    assert (code, stand_ins.calls("torchrun")) == (75, [])
+    assert "SIGUSR1 before the ranks were started" in said
+
+
 @pytest.mark.parametrize(
     ("torchrun", "before", "written", "expected"),
     [
