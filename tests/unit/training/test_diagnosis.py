@@ -82,8 +82,12 @@ def test_nobody_is_blamed(seen: Evidence) -> None:
         (hanging(WAITS, WAITS, STANDS, WAITS), [2], "in step 7 for 31 s, at loader.py:5 in read"),
         (hanging(STANDS, WAITS), [0], "rank 0 (process 1 on here) did not get on"),
         # stopped a moment ago: it could not say that it hangs
-        (heard_ago(hanging(WAITS, WAITS, RUNS), 2, 7.0), [2], "rank 2 (process 1 on here) did not"),
-        (heard_ago(hanging(STANDS, RUNS, WAITS), 1, 7.0), [1], "rank 1 (process 1 on here) did not"),
+        (heard_ago(hanging(WAITS, WAITS, RUNS), 2, 7.0), [2], "rank 2 (process 1 on here) did"),
+        (
+            heard_ago(hanging(STANDS, RUNS, WAITS), 1, 7.0),
+            [1],
+            "rank 1 (process 1 on here) did not",
+        ),
         (hanging(WAITS, replace(RUNS, phase="the save of step 6")), [1], "in the save of step 6"),
         (hanging(WAITS, WAITS, WAITS), [0, 1, 2], "all ranks wait for one another in step 7"),
         (hanging(STANDS), [0], "at loader.py"),
