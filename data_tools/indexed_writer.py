@@ -23,7 +23,6 @@ from data_tools.manifest import (
     MAGIC,
     TOKEN_DTYPES,
     VERSION,
-    WRITE_BYTES,
     DataError,
     FileRecord,
     bin_path,
@@ -208,8 +207,8 @@ class HashedFile:
         self.path = path
         self.temporary = temporary_name(path)
         self.digest = xxhash.xxh3_128()
-        # Half: pieces of WRITE_BYTES go through without another copy, smaller ones are gathered.
-        self.stream = self.temporary.open("wb", buffering=WRITE_BYTES // 2)
+        # Smaller than map_blocks' blocks: these go through without another copy.
+        self.stream = self.temporary.open("wb", buffering=1 << 17)
 
     def write(self, content: bytes | memoryview) -> None:
         """Appends and hashes."""

@@ -32,7 +32,6 @@ from pydantic import BaseModel
 from data_tools.indexed_writer import remove_published, write_index
 from data_tools.manifest import (
     CHUNK_ROWS,
-    WRITE_BYTES,
     DataError,
     FileRecord,
     bin_path,
@@ -131,7 +130,7 @@ class Journal:
         if token_budget is not None and self.tokens + result.tokens >= token_budget:
             result = _cut(result, tokens, lengths, self._dtype, token_budget - self.tokens)
         digest = xxhash.xxh3_128()
-        for block in read_blocks(tokens, WRITE_BYTES):
+        for block in read_blocks(tokens):
             digest.update(block)
             self._digest.update(block)
             self._tokens.write(block)

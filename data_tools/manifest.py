@@ -45,10 +45,6 @@ TOKEN_DTYPES: dict[int, np.dtype[Any]] = {
 # Rows of the index handled at once: 8 MiB of int64, whatever the corpus' size.
 CHUNK_ROWS = 1 << 20
 
-# Token files are written in pieces of this size: Linux then keeps them in pages of up to 2 MiB, and
-# mapping those costs a tenth of mapping the small pages that small writes leave behind.
-WRITE_BYTES = 4 << 20
-
 
 class DataError(ValueError):
     """Bad input: the message is one line that names the file (and row), the fault and the mend."""
@@ -354,8 +350,9 @@ def map_blocks(path: Path, block_bytes: int = 1 << 18) -> Iterator[memoryview]:
     """As read_blocks, without a copy: twice as fast, for prepared files that nobody changes.
 
     All blocks but the last are of block_bytes, which fit the processor's cache: whatever looks at
-    a block after the first has it there. A disk that fails ends the process, as it ends a trainer
-    that maps the file. A block is valid until the next one is asked for.
+    a block after the first has it there, and what is written in such blocks maps cheaply too.
+    A disk that fails ends the process, as it ends a trainer that maps the file. A block is valid
+    until the next one is asked for.
     """
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
