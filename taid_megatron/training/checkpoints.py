@@ -168,7 +168,9 @@ def resume(trainer: Trainer) -> dict[str, str]:
     _restore(trainer, checkpoint, state)
     told = {"checkpoint_faults": faults, "config_changes": changed}
     found = {name: "; ".join(lines) for name, lines in told.items() if lines}
-    return {"resumed_from": checkpoint.path.name, **found}
+    if trainer.step < trainer.steps:  # else nothing is left to do, and nothing restarts
+        found["resumed_from"] = checkpoint.path.name
+    return found
 
 
 def _restore(trainer: Trainer, checkpoint: store.Checkpoint, state: dict[str, Any]) -> None:
