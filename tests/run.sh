@@ -12,4 +12,4 @@ bin="$root/.venv/bin"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-exec "$bin/python" -m pytest -m "not slow and not browser" "$@"
+exec "$bin/python" -m pytest -m "not slow and not slurm and not browser" "$@"
