@@ -61,7 +61,7 @@ class Retention:
 
 
 class _Part(Protocol):
-    """One rank's files on their way to the disk: a Writer, or _Here."""
+    """One rank's files on their way to the disk: a Writer, _Here or _Failed."""
 
     records: manifest.Records
 
@@ -81,6 +81,19 @@ class _Here:
     def done(self) -> bool:
         self.records = manifest.record(self._files)
         return True
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
+
+class _Failed:
+    """A rank's files that nothing writes: told when it is asked for, so that all ranks hear."""
+
+    def __init__(self, fault: OSError) -> None:
+        self._fault, self.records = fault, manifest.Records()
+
+    def done(self) -> bool:
+        raise self._fault
 
     def close(self) -> None:
         """Nothing is under way."""
@@ -151,7 +164,10 @@ def begin(
     in_memory = {path: memory for path, memory in files.items() if memory is not None}
     part: _Part = _Here([*files])
     if writer_timeout is not None and in_memory:
-        part = Writer(in_memory, timeout=writer_timeout)
+        try:
+            part = Writer(in_memory, timeout=writer_timeout)
+        except OSError as error:  # no process, no memory for one
+            part = _Failed(error)
     return PendingSave(unfinished, name, {**state, "step": step}, retention, part)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,12 @@ def _faults(rank: int, size: int, config: str, folder: str) -> list[Any]:
                 told.append((type(error), str(error)))
             told.append((process.poll() is not None, [each.name for each in path.iterdir()]))
         writer._START = START
+        python = sys.executable
+        sys.executable = "/nowhere" if rank == 1 else python
+        saving = _begin(trainer, path, 4, 60.0)
+        sys.executable = python
+        with pytest.raises(writer.WriterError, match=r"on rank 1 .*'/nowhere'"):
+            saving.wait()
         saving = _begin(trainer, path, 4, 60.0)
         saving.wait()
         told.append(saving.publish().name)
@@ -121,7 +128,8 @@ def _faults(rank: int, size: int, config: str, folder: str) -> list[Any]:
 
 
 def test_a_dead_a_stuck_and_a_full_writer_end_it_on_all_ranks(config, tmp_path) -> None:
-    """Rank 1's alone; the other one hears of it. Nothing is left, and the next save works."""
+    """Rank 1's alone (at last one that does not start); the other one hears of it. Nothing is left,
+    and the next save works."""
     first, second = run_ranks(2, _faults, str(config), str(tmp_path))
     (killed, after), (stuck, _), (full, _) = (first[at : at + 2] for at in (0, 2, 4))
     assert killed[0] is writer.WriterError
