@@ -48,8 +48,8 @@ def of_type(annotation: Any, bounds: list[Any]) -> st.SearchStrategy[Any]:
         # A leading ~ means the home folder; a lone surrogate is no text.
         names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
         return (st.sampled_from(TRICKY) | names).filter(lambda name: not name.startswith("~"))
-    if annotation is bool:
-        return st.booleans()
+    if annotation in (bool, str):
+        return st.booleans() if annotation is bool else st.sampled_from(TRICKY)
     assert annotation in (int, float), annotation
     return of_number(annotation, bounds)
 
