@@ -42,7 +42,7 @@ def check(
     if not trains:
         return
     _check_logging(config, engine)
-    _check_taught(config)
+    check_taught(config)
     _check_inputs(config)
     _check_writable("run.folder", config.run.folder)
     if config.data.cache is not None:
@@ -453,8 +453,11 @@ def _check_logging(config: Config, engine: EngineAbilities) -> None:
         )
 
 
-def _check_taught(config: Config) -> None:
-    """A shape is enough to plan with; a run would learn from random numbers for days."""
+def check_taught(config: Config) -> None:
+    """Raise ConfigError for a teacher that is a shape alone, where random weights are not asked for.
+
+    A shape is enough to plan with; a run would learn from random numbers for days.
+    """
     teacher = config.teacher
     if teacher is not None and not teacher.has_weights and teacher.init is None:
         raise ConfigError(

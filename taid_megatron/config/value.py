@@ -3,7 +3,7 @@
 python -m taid_megatron.config.value CONFIG [section.key=value ...] -- section.key ...
 
 A value that is not set is an empty line. Exit code 2, with one line, where the configuration is
-bad: a launch script thus refuses it once, before any rank starts.
+bad or could teach nothing: a launch script thus refuses it once, before any rank starts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from .checks import check_taught
 from .errors import ConfigError, UserError
 from .load import load
 from .schema import Config
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     split = arguments.index("--", 1)
     try:
         config = load(arguments[0], arguments[1:split])
+        check_taught(config)
         lines = [value(config, key) for key in arguments[split + 1 :]]
     except UserError as error:
         print(f"taid-megatron: {error}", file=sys.stderr)

@@ -221,6 +221,9 @@ def test_other_commands_run_on_ranks_too(stand_ins: StandIns, torchs) -> None:
     assert words[-4:] == ["taid_megatron", "doctor", "run.yaml", "--network"]
 
 
+SHAPE = "{num_layers: 1, hidden_size: 8, num_attention_heads: 1, vocab_size: 10}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -232,6 +235,10 @@ def test_other_commands_run_on_ranks_too(stand_ins: StandIns, torchs) -> None:
         (["--nproc-per-node", "gpu", "train", "run.yaml"], "expected a whole number from 1 up"),
         (["train", "none.yaml"], "none.yaml: no such file"),
         (["train", "run.yaml", "training.stepz=2"], "training.stepz"),
+        (
+            ["train", "run.yaml", f"teacher={{architecture: {SHAPE}}}"],
+            "architecture without weights",
+        ),
     ],
 )
 def test_refusals(stand_ins: StandIns, torchs, arguments: list[str], said: str) -> None:
