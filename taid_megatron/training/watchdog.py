@@ -249,7 +249,8 @@ class Watchdog:
     def _kill_what_stays(self, verdict: Verdict) -> None:
         """This rank's own children; ranks of this host that cannot end themselves, being stopped.
 
-        A launcher would wait for such a one as long as for a rank that writes a checkpoint.
+        A launcher would wait for such a one as long as for a rank that writes a checkpoint. A rank
+        that still tells something ends by itself, once it has written where it hangs.
         """
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process().children(recursive=True):
@@ -257,7 +258,9 @@ class Watchdog:
         host = self._peers[self._rank].host
         for rank in verdict.ranks:
             peer = self._peers[rank]
-            if rank != self._rank and peer.host == host and peer.runs():
+            heard = self._others.get(rank)
+            quiet = heard and self._exchanged - heard.at > 3 * diagnosis.BEAT_SECONDS
+            if quiet and peer.host == host and peer.runs():
                 with contextlib.suppress(OSError):
                     os.kill(peer.pid, signal.SIGKILL)
 
