@@ -454,7 +454,7 @@ def _check_logging(config: Config, engine: EngineAbilities) -> None:
 
 
 def check_taught(config: Config) -> None:
-    """Raise ConfigError for a teacher that is a shape alone, where random weights are not asked for.
+    """Raise ConfigError for a teacher that is a shape alone, unless random weights are asked for.
 
     A shape is enough to plan with; a run would learn from random numbers for days.
     """
