@@ -41,6 +41,7 @@ LEGEND = (
     "teacher's. head, tail: probability on the teacher's 10 likeliest tokens, and on the 20% of "
     "the vocabulary that it ranks lowest."
 )
+_PIPED_COLUMNS = 120
 _OF_TEACHER = {"kl": 0.0, "top1_agreement": 1.0}
 
 Summary = dict[str, Any]
@@ -187,7 +188,11 @@ def show(summary: Summary, console: Console) -> None:
         shown.add_column(name, justify="right" if number else "left")
     for row in own.rows:
         shown.add_row(*row)
+    width = console.width
+    if not console.is_terminal:  # a pipe counts as 80 columns, which would tear the cells apart
+        console.width = max(width, _PIPED_COLUMNS)
     console.print(shown)
+    console.width = width
     console.print(LEGEND)
     for line in verdicts(summary):
         console.print(line)
