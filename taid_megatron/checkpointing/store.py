@@ -14,6 +14,7 @@ models and optimizers only by their sharded_state_dict and load_state_dict.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from taid_megatron.checkpointing import folder as folders
 from taid_megatron.checkpointing import manifest
 from taid_megatron.checkpointing.folder import Checkpoint, find, newest
 from taid_megatron.checkpointing.saving import PendingSave, Retention, begin, save, sharded_state
-from taid_megatron.checkpointing.unpickle import CommonStrategy, no_pickle
+from taid_megatron.checkpointing.unpickle import CommonStrategy, no_pickle, refusal
 from taid_megatron.config.errors import UserError
 from taid_megatron.runtime.distributed import on_first_rank
 from taid_megatron.runtime.log import get_logger
@@ -142,6 +143,8 @@ def _load(checkpoint: Checkpoint, sharded: dict[str, Any]) -> dict[str, Any]:
         for cause in causes:
             if isinstance(cause, UserError):
                 raise cause from None
+            if isinstance(cause, pickle.UnpicklingError):  # a tensor's, by torch's weights_only
+                raise refusal(f"{checkpoint.path}, a tensor in it", cause) from None
         raise UserError(
             f"{checkpoint.path}: cannot be read ({causes[0]}); checkpoint.verify=full finds out "
             "whether a file of it is damaged"

@@ -67,7 +67,7 @@ def read_metadata(path: Path) -> Metadata:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; use another checkpoint") from error
     except Exception as error:
-        raise UserError(f"{path}: refused, {_cause(error)}; {_MEND}") from None
+        raise refusal(str(path), error) from None
     return metadata
 
 
@@ -76,7 +76,12 @@ def load_plain(source: Path | io.BytesIO, name: str) -> Any:
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{name}: refused, {_cause(error)}; {_MEND}") from None
+        raise refusal(name, error) from None
+
+
+def refusal(name: str, error: Exception) -> UserError:
+    """What the user is told of something that asked for more than plain data."""
+    return UserError(f"{name}: refused, {_cause(error)}; {_MEND}")
 
 
 def _cause(error: Exception) -> str:

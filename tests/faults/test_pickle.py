@@ -23,6 +23,8 @@ from taid_megatron.conversion.checkpoint import open_checkpoint
 from ..distributed import toy
 from ..distributed.ranks import run_ranks
 
+WEIGHT = "output_layer.weight"
+
 
 class Bomb:
     """Makes the folder `canary` where it is unpickled."""
@@ -50,9 +52,9 @@ def _in_common(folder: Path, canary: Path) -> None:
 
 
 def _in_a_shard(folder: Path, canary: Path) -> None:
-    """Behind an entry that is no tensor; the metadata is made to point at it."""
+    """In a weight's place; the metadata is made to point at it."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
-    index = next(i for i in metadata.storage_data if "_extra_state" in i.fqn)
+    index = next(i for i in metadata.storage_data if i.fqn == WEIGHT)
     where = metadata.storage_data[index]
     bomb = io.BytesIO()
     torch.save(Bomb(canary), bomb)
@@ -75,7 +77,7 @@ CASES = {
     "in-metadata": (_in_metadata, r"\.metadata: refused, it asks for posix"),
     "instead-of-metadata": (_instead_of_metadata, r"\.metadata: refused, it asks for posix"),
     "common": (_in_common, r"common\.pt: refused, .*GLOBAL posix"),
-    "shard": (_in_a_shard, r"_extra_state.*: refused, .*GLOBAL posix"),
+    "shard": (_in_a_shard, r"a tensor in it: refused, .*GLOBAL posix"),
     "above": (_outside("../secret"), r"\.metadata: refused, it points to '\.\./secret'"),
     "absolute": (_outside("/etc/passwd"), r"\.metadata: refused, it points to '/etc/passwd'"),
     "parent": (_outside(".."), r"\.metadata: refused, it points to '\.\.'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -176,7 +177,9 @@ def test_a_shell_completes_commands_options_and_keys(words, expected):
 
 
 def test_bash_takes_the_completion_script():
-    script = f'eval "$({sys.executable} -m taid_megatron --show-completion)"; complete -p'
+    script = (
+        f'eval "$({shlex.quote(sys.executable)} -m taid_megatron --show-completion)"; complete -p'
+    )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("taid-megatron\n"), done.stdout + done.stderr
 
