@@ -22,7 +22,8 @@ _FREE = {
     *("loss.kernel", "loss.collective", "loss.fused_head", "loss.head_chunk_tokens"),
     *("training.micro_batch_size", "training.recompute", "training.gc_interval"),
     *("training.stop_at", "training.max_minutes", "training.max_skipped_steps"),
-    *("training.step_timeout", "training.phase_timeout", "training.loss_spike_deviations"),
+    *("training.step_timeout", "training.phase_timeout", "training.silence_timeout"),
+    "training.loss_spike_deviations",
     *("data.blend", "data.validation", "data.verify", "data.cache", "data.prefetch"),
     "data.reader",
 }

@@ -406,6 +406,9 @@ class Training(Section):
     """Seconds that one step may take, before the run is ended as hung."""
     phase_timeout: Annotated[float, Field(gt=0)] = 3600.0
     """The same for what is no step: loading, the first step of a process, an evaluation, a save."""
+    silence_timeout: Annotated[float, Field(ge=4)] = 20.0
+    """Seconds without a sign of life after which a rank counts as stopped, or its host as gone;
+    more where a network file system may hang a process for longer. Ten minutes while loading."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:

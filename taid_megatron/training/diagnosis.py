@@ -7,6 +7,7 @@ of this rank's own monotonic clock: nothing is compared between hosts.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 from dataclasses import dataclass, field
@@ -14,10 +15,10 @@ from typing import Literal
 
 import psutil
 
+from taid_megatron.runtime.processes import runs
+
 BEAT_SECONDS = 2.0
 """Between two signs of life of a rank."""
-SILENT_SECONDS = 20.0
-"""A rank that has told nothing for so long is stopped, or its host is gone."""
 GRACE_SECONDS = 5.0
 """After a rank failed, for the others to fail with it; after one hangs, for all to say where."""
 
@@ -39,13 +40,8 @@ class Identity:
         return cls(host, os.getpid(), psutil.Process().create_time())
 
     def runs(self) -> bool:
-        """Whether it is there; to be asked on its own host. A zombie is not."""
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < 2.0
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
+        """Whether it is there; to be asked on its own host."""
+        return runs(self.pid, self.started)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host.split()[0]}"
@@ -61,7 +57,7 @@ class Sign:
     """Such as 'step 7'."""
     seconds: float = 0.0
     """In this phase."""
-    silence: float = SILENT_SECONDS
+    silence: float = math.inf
     """Seconds that it may tell nothing in this phase."""
     place: str = ""
     """hangs: where its main thread is."""
@@ -110,6 +106,8 @@ class Evidence:
     now: float
     exchanged: float
     """When the store last answered this rank; what it heard is as old."""
+    silence: float
+    """Seconds that the store may not answer."""
     peers: list[Identity]
     others: dict[int, Heard] = field(default_factory=dict)
     """Of the ranks that this one watches."""
@@ -154,7 +152,7 @@ def _failed(seen: Evidence) -> Verdict | None:
 
 def _store_lost(seen: Evidence) -> Verdict | None:
     seconds = seen.now - seen.exchanged
-    if not seen.others or seconds <= SILENT_SECONDS:
+    if not seen.others or seconds <= seen.silence:
         return None
     text = (
         f"the ranks' store has not answered rank {seen.rank} for {seconds:.0f} s: the host of "

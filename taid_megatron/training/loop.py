@@ -93,6 +93,7 @@ def _watchdog(config: Config, world: World, lock: RunLock | None) -> Watchdog:
         store=distributed.private_store("watchdog"),
         step_timeout=config.training.step_timeout,
         phase_timeout=config.training.phase_timeout,
+        silence_timeout=config.training.silence_timeout,
         on_end=lock.release if lock else lambda: None,
     )
 

@@ -21,6 +21,7 @@ from data_tools.manifest import DataError, write_atomically
 from taid_megatron.config.errors import UserError
 from taid_megatron.config.secrets import hidden
 from taid_megatron.runtime.log import get_logger
+from taid_megatron.runtime.processes import runs
 
 STOPPED = 75  # EX_TEMPFAIL: resume
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -151,7 +152,7 @@ class RunLock:
         # ages by the file system's clock, which both hosts share
         age = new.stat().st_mtime - self._touched()
         if host == socket.gethostname():
-            live = _runs(pid, owner.get("started"))
+            live = runs(pid, owner.get("started"))
         else:
             live = age < _STALE_SECONDS
         if live:
@@ -180,12 +181,9 @@ class RunLock:
                 os.utime(self._path)
 
 
-def _runs(pid: Any, started: Any) -> bool:
-    """Whether that process runs; another one that got its number later does not count."""
-    try:
-        return abs(psutil.Process(pid).create_time() - started) < 2.0
-    except (psutil.Error, TypeError, ValueError):
-        return False
+def exit_code(error: BaseException) -> int:
+    """What a command ends with that failed so: 2 where the user can mend it, else 1."""
+    return 2 if isinstance(error, (UserError, DataError)) else 1
 
 
 @contextlib.contextmanager
@@ -201,9 +199,9 @@ def recorded(folder: Path) -> Iterator[dict[str, Any]]:
     try:
         yield told
     except BaseException as error:
-        code = 2 if isinstance(error, (UserError, DataError)) else 1
         text = " ".join(str(error).split()) or type(error).__name__
-        write_status(folder, "failed", code, started=started, ended=time.time(), error=text)
+        ended = {"started": started, "ended": time.time(), "error": text}
+        write_status(folder, "failed", exit_code(error), **ended)
         raise
     code = told.pop("exit_code")
     state = "stopped" if code == STOPPED else "done"

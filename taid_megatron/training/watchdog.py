@@ -7,7 +7,7 @@ one never blocks: it looks at its own rank's clock and at what was read (diagnos
 process.
 
     a rank's process is gone from its host             named within some 5 s
-    a rank tells nothing: stopped, or its host down    20 s (while loading: 10 minutes)
+    a rank tells nothing: stopped, or its host down    silence_timeout (while loading: 10 minutes)
     a rank left with an error                          5 s, with its error and exit code
     a rank's main thread stays in one phase            its limit and 5 s
 
@@ -33,12 +33,10 @@ from types import FrameType, TracebackType
 import psutil
 import torch.distributed as dist
 
-from data_tools.manifest import DataError
-from taid_megatron.config.errors import UserError
 from taid_megatron.runtime.log import get_logger
 from taid_megatron.training import diagnosis
 from taid_megatron.training.diagnosis import Evidence, Heard, Identity, Sign, Verdict
-from taid_megatron.training.stopping import write_failure
+from taid_megatron.training.stopping import exit_code, write_failure
 
 _TICK_SECONDS = 1.0
 _HELD_UP_SECONDS = 5.0
@@ -53,7 +51,8 @@ class Watchdog:
 
     To be entered on every rank at once, after the ranks have joined. store: of all ranks, for this
     object alone; None for a run of one rank. step_timeout, phase_timeout: seconds for a step, and
-    for everything else (the first step too). on_end: what this rank must still give back. The end
+    for everything else (the first step too). silence_timeout: seconds that a rank may tell nothing
+    and the store not answer. on_end: what this rank must still give back. The end
     is os._exit, which alone leaves a collective that waits: exit code 1, or 2 where a rank failed
     with something that the user can mend.
     """
@@ -67,10 +66,12 @@ class Watchdog:
         store: dist.Store | None,
         step_timeout: float,
         phase_timeout: float,
+        silence_timeout: float,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder, self._rank, self._size, self._store = folder, rank, size, store
         self._step_timeout, self._phase_timeout = step_timeout, phase_timeout
+        self._silence_timeout = silence_timeout
         self._on_end = on_end
         self._main = threading.main_thread()
         self._peers = [Identity.here()] * size
@@ -84,7 +85,7 @@ class Watchdog:
         self._asked = False
         self._wake, self._over = threading.Event(), threading.Event()
         self._leaving = threading.Lock()
-        self._begin("loading", phase_timeout, silence=_LOADING_SILENCE_SECONDS)
+        self._now = ("loading", time.monotonic(), phase_timeout, _LOADING_SILENCE_SECONDS)
 
     def step(self, number: int) -> None:
         """Step `number` begins. The first one of a process may take as long as any other phase."""
@@ -95,9 +96,12 @@ class Watchdog:
         """Something else than a step begins: an evaluation, a save."""
         self._begin(name, self._phase_timeout)
 
-    def _begin(self, phase: str, limit: float, silence: float | None = None) -> None:
+    def _begin(self, phase: str, limit: float) -> None:
+        loaded = self._now[3] != self._silence_timeout
         # one assignment, for the other threads read all of it together
-        self._now = (phase, time.monotonic(), limit, silence or diagnosis.SILENT_SECONDS)
+        self._now = (phase, time.monotonic(), limit, self._silence_timeout)
+        if loaded:  # to be told at once: a rank stopped now would have its silence while loading
+            self._wake.set()
 
     def __enter__(self) -> Watchdog:
         self._exchanged = self._ticked = time.monotonic()
@@ -125,14 +129,13 @@ class Watchdog:
         if error is not None and self._store is not None and _lost_connection(error):
             # The cause is another rank: the judge finds out, says so and ends the process.
             self._asked = True
-            self._over.wait(diagnosis.SILENT_SECONDS + 3 * diagnosis.BEAT_SECONDS)
+            self._over.wait(self._silence_timeout + 3 * diagnosis.BEAT_SECONDS)
         with self._leaving:
             self._over.set()
         self._last_sign = Sign("left", self._now[0])
         if error is not None:
-            code = 2 if isinstance(error, (UserError, DataError)) else 1
             text = " ".join(f"{type(error).__name__}: {error}".split())[:2000]
-            self._last_sign = Sign("failed", self._now[0], code=code, error=text)
+            self._last_sign = Sign("failed", self._now[0], code=exit_code(error), error=text)
         self._wake.set()
         if self._store is not None:
             self._told_last.wait(diagnosis.GRACE_SECONDS)  # no longer: the store may be gone
@@ -218,6 +221,7 @@ class Watchdog:
             own=self._sign(),
             now=now,
             exchanged=self._exchanged,
+            silence=self._silence_timeout,
             peers=self._peers,
             others=dict(self._others),
             gone=dict(self._gone),

@@ -24,12 +24,15 @@ from ..distributed import toy
 from ..distributed.ranks import RankFailure, run_ranks
 
 RANKS = 2
-LENGTH = ("training.steps=6", "checkpoint.every=2", "parallel.tensor=2")
+LENGTH = (
+    *("training.steps=6", "checkpoint.every=2", "parallel.tensor=2"),
+    "training.silence_timeout=4",
+)
 KILLED = -signal.SIGKILL
 
 
 def _wait_less() -> None:
-    diagnosis.BEAT_SECONDS, diagnosis.GRACE_SECONDS, diagnosis.SILENT_SECONDS = 0.5, 1.5, 4.0
+    diagnosis.BEAT_SECONDS, diagnosis.GRACE_SECONDS = 0.5, 1.5
     watchdog._TICK_SECONDS = 0.2
 
 
@@ -50,9 +53,11 @@ def _run(
 def _signal(number: int, step: int, watch: watchdog.Watchdog) -> None:
     if watch._now[0] != f"step {step}":
         return
-    last = watch._exchanged
-    while watch._exchanged == last:  # so that it is not stopped with the test store's file locked
-        time.sleep(0.01)
+    # Told of this step, and not stopped with the test store's file locked.
+    for _ in range(2):
+        last = watch._exchanged
+        while watch._exchanged == last:
+            time.sleep(0.01)
     time.sleep(0.1)
     os.kill(os.getpid(), number)
 

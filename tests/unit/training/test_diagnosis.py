@@ -12,7 +12,6 @@ import pytest
 
 from taid_megatron.training.diagnosis import (
     GRACE_SECONDS,
-    SILENT_SECONDS,
     Evidence,
     Heard,
     Identity,
@@ -21,8 +20,8 @@ from taid_megatron.training.diagnosis import (
 )
 
 HERE = Identity("here namespace", 1, 1.0)
-NOW = 1000.0
-RUNS = Sign("runs", "step 7", 1.0)
+NOW, SILENCE = 1000.0, 20.0
+RUNS = Sign("runs", "step 7", 1.0, silence=SILENCE)
 WAITS = Sign("hangs", "step 7", 31.0, place="distributed_c10d.py:9 in all_reduce", waits=True)
 STANDS = Sign("hangs", "step 7", 31.0, place="loader.py:5 in read")
 FAILED = Sign("failed", "step 7", code=2, error="UserError: no such file")
@@ -34,7 +33,14 @@ def evidence(own: Sign = RUNS, *others: Sign, **more: Any) -> Evidence:
     heard = {rank: Heard(sign, NOW) for rank, sign in enumerate(others, start=1)}
     size = len(others) + 1
     seen = Evidence(
-        rank=0, size=size, own=own, now=NOW, exchanged=NOW, peers=[HERE] * size, others=heard
+        rank=0,
+        size=size,
+        own=own,
+        now=NOW,
+        exchanged=NOW,
+        silence=SILENCE,
+        peers=[HERE] * size,
+        others=heard,
     )
     return replace(seen, **more)
 
@@ -54,11 +60,11 @@ def hanging(own: Sign, *others: Sign) -> Evidence:
     "seen",
     [
         evidence(RUNS, RUNS, RUNS),
-        heard_ago(evidence(RUNS, RUNS), 1, SILENT_SECONDS),
-        heard_ago(evidence(RUNS, LEFT), 1, 10 * SILENT_SECONDS),
-        heard_ago(evidence(RUNS, replace(RUNS, silence=3600.0)), 1, 10 * SILENT_SECONDS),
+        heard_ago(evidence(RUNS, RUNS), 1, SILENCE),
+        heard_ago(evidence(RUNS, LEFT), 1, 10 * SILENCE),
+        heard_ago(evidence(RUNS, replace(RUNS, silence=3600.0)), 1, 10 * SILENCE),
         # what this rank did not hear itself is nobody's fault
-        heard_ago(evidence(RUNS, RUNS, exchanged=NOW - SILENT_SECONDS), 1, SILENT_SECONDS + 1),
+        heard_ago(evidence(RUNS, RUNS, exchanged=NOW - SILENCE), 1, SILENCE + 1),
         evidence(RUNS, RUNS, gone={1: NOW - 1.0}),
         evidence(RUNS, LEFT, gone={1: NOW - 100.0}),
         evidence(RUNS, FAILED),
@@ -75,7 +81,7 @@ def test_nobody_is_blamed(seen: Evidence) -> None:
     ("seen", "ranks", "words"),
     [
         (evidence(RUNS, RUNS, RUNS, gone={2: NOW - 3.0}), [2], "died in step 7"),
-        (heard_ago(evidence(RUNS, RUNS), 1, SILENT_SECONDS + 1), [1], "for 21 s; its last was in"),
+        (heard_ago(evidence(RUNS, RUNS), 1, SILENCE + 1), [1], "for 21 s; its last was in"),
         (heard_ago(evidence(RUNS, FAILED), 1, 6.0), [1], "failed in step 7: UserError: no such"),
         (evidence(RUNS, FAILED, asked=True), [1], "failed in step 7"),
         (evidence(RUNS, RUNS, exchanged=NOW - 21.0), [], "store has not answered rank 0 for 21 s"),
