@@ -45,7 +45,7 @@ def _after(records: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
-        pytest.param(1, (), id="one process"),
+        pytest.param(1, (f"training.steps={HALF + 50}",), id="one process, 50 steps"),
         pytest.param(1, ("training.precision=bf16", *DROPOUT), id="bf16 with dropout"),
         pytest.param(2, (*TP2, *DROPOUT), id="TP=2 with dropout"),
         pytest.param(2, SHARDED, id="DP=2 sharded"),

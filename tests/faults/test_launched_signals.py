@@ -36,18 +36,22 @@ def arm(rank, phase, signals, pause, hold):
     while not hasattr(sys.modules.get("taid_megatron.training.watchdog"), "Watchdog"):
         time.sleep(0.005)
     watchdog = sys.modules["taid_megatron.training.watchdog"].Watchdog
-    begin = watchdog._begin
+    begin, enter = watchdog._begin, watchdog.__enter__
     def strike():
         for number in signals:
             time.sleep(pause)
             os.kill(int(os.environ["STRIKE_PID"]), number)
-    def struck(self, name, *rest, **more):
-        begin(self, name, *rest, **more)
+    def entered(self):
+        if phase == "loading" and self._rank == rank:
+            threading.Thread(target=strike).start()
+        return enter(self)
+    def struck(self, name, *rest):
+        begin(self, name, *rest)
         if name == phase and self._rank == rank:
             threading.Thread(target=strike).start()
         if name == phase and self._rank == 1:
             time.sleep(hold)  # the others wait for it, in a collective
-    watchdog._begin = struck
+    watchdog._begin, watchdog.__enter__ = struck, entered
 if "RANK" in os.environ:
     threading.Thread(target=arm, args=json.loads(os.environ["STRIKE"]), daemon=True).start()
 """
