@@ -204,11 +204,12 @@ def _kill_writers(on_call: int) -> None:
     """The n-th writer of this rank dies as soon as it has started."""
     popen, calls = writer.subprocess.Popen, []
 
-    def deadly(*args: Any, **kwargs: Any) -> Any:
-        process = popen(*args, **kwargs)
-        calls.append(None)
-        if len(calls) == on_call:
-            process.kill()
+    def deadly(command: Any, *args: Any, **kwargs: Any) -> Any:
+        process = popen(command, *args, **kwargs)
+        if writer._START in command:  # and no compiler's
+            calls.append(None)
+            if len(calls) == on_call:
+                process.kill()
         return process
 
     writer.subprocess.Popen = deadly  # type: ignore[misc,assignment]
