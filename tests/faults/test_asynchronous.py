@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import pytest
@@ -94,6 +96,8 @@ STOPPED = (
     "import os, signal; from taid_megatron.checkpointing import writer; "
     "writer._copy = lambda *file: os.kill(os.getpid(), signal.SIGSTOP); " + START
 )
+NO_SYNC = "import os; os.fsync = lambda file: os.read(-1, 1); " + START
+NO_HASH = "import os, xxhash; xxhash.xxh3_128 = lambda: os.read(-1, 1); " + START
 SLOW = "import time; time.sleep(1.0); " + START
 
 
@@ -115,6 +119,7 @@ def _faults(rank: int, size: int, config: str, folder: str) -> list[Any]:
                 told.append((type(error), str(error)))
             told.append((process.poll() is not None, [each.name for each in path.iterdir()]))
         writer._START = START
+        told += _failing(rank, trainer, path)
         python = sys.executable
         sys.executable = "/nowhere" if rank == 1 else python
         saving = _begin(trainer, path, 4, 60.0)
@@ -127,9 +132,36 @@ def _faults(rank: int, size: int, config: str, folder: str) -> list[Any]:
     return told
 
 
+def _failing(rank: int, trainer: Any, path: Path) -> list[str]:
+    """What is told where rank 1's files cannot be synced, or not be hashed, which goes on beside:
+    by the writer, and in a blocking save."""
+
+    def fail(*args: Any) -> NoReturn:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    told = []
+    for program in (NO_SYNC, NO_HASH):
+        writer._START = program if rank == 1 else START
+        saving = _begin(trainer, path, 4, 60.0)
+        writer._START = START
+        with pytest.raises(writer.WriterError) as caught:
+            saving.wait()
+        told.append(str(caught.value))
+    for module, name in ((os, "fsync"), (manifest, "hash_file")):
+        saving = _begin(trainer, path, 4, None)
+        with pytest.MonkeyPatch.context() as patched:
+            if rank == 1:
+                patched.setattr(module, name, fail)
+            with pytest.raises(writer.WriterError) as caught:
+                saving.wait()
+        told.append(str(caught.value))
+    assert not list(path.iterdir())
+    return told
+
+
 def test_a_dead_a_stuck_and_a_full_writer_end_it_on_all_ranks(config, tmp_path) -> None:
-    """Rank 1's alone (at last one that does not start); the other one hears of it. Nothing is left,
-    and the next save works."""
+    """Rank 1's alone (then files that cannot be synced or hashed, at last a writer that does not
+    start); the other one hears of it. Nothing is left, and the next save works."""
     first, second = run_ranks(2, _faults, str(config), str(tmp_path))
     (killed, after), (stuck, _), (full, _) = (first[at : at + 2] for at in (0, 2, 4))
     assert killed[0] is writer.WriterError
@@ -144,7 +176,11 @@ def test_a_dead_a_stuck_and_a_full_writer_end_it_on_all_ranks(config, tmp_path) 
     for told in (first, second):
         assert told[:5:2] == [killed, stuck, full]
         assert told[1:6:2] == [(True, [])] * 3  # no process, no debris
-        assert told[6] == "step_00000004"
+        for text in told[6:8]:
+            assert re.search(r"step 4 was not saved, on rank 1 .*Bad file.*\.distcp'", text)
+        for text in told[8:10]:
+            assert re.search(r"step 4 was not saved, on rank 1 .*Input/output.*\.distcp'", text)
+        assert told[10] == "step_00000004"
 
 
 def _killed(rank: int, size: int, config: str, folder: str) -> None:
