@@ -51,14 +51,11 @@ def _begin(trainer: Any, folder: Path, step: int, timeout: float | None) -> stor
 
 def _twice(rank: int, size: int, config: str, folder: str) -> list[str]:
     with toy.trainer(config, "parallel.tensor=2") as trainer:
-        blocking = _begin(trainer, Path(folder) / "blocking", 1, None)
-        blocking.wait()
-        blocking.publish()
+        _begin(trainer, Path(folder) / "blocking", 1, None).complete()
         saving = _begin(trainer, Path(folder) / "beside", 1, 60.0)
         for parameter in trainer.students[0].parameters():  # training goes on at once
             parameter.data.zero_()
-        saving.wait()
-        return [path.name for path in saving.publish().iterdir()]
+        return [path.name for path in saving.complete().iterdir()]
 
 
 def test_its_bytes_are_a_blocking_saves(config, tmp_path) -> None:
@@ -126,9 +123,7 @@ def _faults(rank: int, size: int, config: str, folder: str) -> list[Any]:
         sys.executable = python
         with pytest.raises(writer.WriterError, match=r"on rank 1 .*'/nowhere'"):
             saving.wait()
-        saving = _begin(trainer, path, 4, 60.0)
-        saving.wait()
-        told.append(saving.publish().name)
+        told.append(_begin(trainer, path, 4, 60.0).complete().name)
     return told
 
 

@@ -246,16 +246,14 @@ def test_keep_every_alone_is_refused(config, tmp_path) -> None:
 
 
 def _save(trainer: Any, folder: Path, step: int, writer_timeout: float | None = None) -> Path:
-    saving = store.begin(
+    return store.begin(
         *(folder, step),
         stages=trainer.students,
         optimizer=trainer.optimizer,
         random_state=get_random_state(),
         state={},
         writer_timeout=writer_timeout,
-    )
-    saving.wait()
-    return saving.publish()
+    ).complete()
 
 
 @pytest.fixture
