@@ -70,6 +70,50 @@ def test_its_bytes_are_a_blocking_saves(config, tmp_path) -> None:
     assert manifest.problem(other, full=True) is None
 
 
+# Run in a rank and in its writer: what comes to the disk and what gets its name, in order.
+RECORDING = """
+import os, pathlib
+def record(owner, name, path_of):
+    function = getattr(owner, name)
+    def recording(*args):
+        function(*args)
+        with open(LOG, "a") as log:
+            log.write(f"{name} {pathlib.Path(path_of(args)).relative_to(ROOT)}\\n")
+    setattr(owner, name, recording)
+record(os, "fsync", lambda args: os.readlink(f"/proc/self/fd/{args[0]}"))
+record(pathlib.Path, "rename", lambda args: args[1])
+record(pathlib.Path, "replace", lambda args: args[1])
+"""
+
+
+def _recorded(rank: int, size: int, config: str, folder: str) -> list[list[str]]:
+    log = Path(folder) / "log"
+    where = f"LOG, ROOT = {str(log)!r}, {folder!r}\n" + RECORDING
+    exec(where, {})
+    writer._START = where + START
+    found = []
+    with toy.trainer(config) as trainer:
+        for timeout in (None, 60.0):
+            saved = _begin(trainer, Path(folder) / "all", 1, timeout).complete()
+            found.append([log.read_text().splitlines(), sorted(os.listdir(saved))])
+            log.unlink()
+    return found
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(config, tmp_path) -> None:
+    (found,) = run_ranks(1, _recorded, str(config), str(tmp_path))
+    for (events, names), final in zip(found, ("step_00000001", "step_00000001_2"), strict=True):
+        published = events.index(f"rename all/{final}")
+        unfinished = f"all/.unfinished_{final}"
+        synced = events[:published]
+        assert synced[-1] == f"fsync {unfinished}"
+        assert {f"fsync {unfinished}/{name}" for name in names} <= set(synced)
+        after = events[published + 1 :]
+        assert after[0] == "fsync all"
+        assert after[1].startswith("fsync all/latest.tmp-")
+        assert after[2:] == ["replace all/latest", "fsync all"]
+
+
 def test_a_run_saves_while_it_trains(config, straight, tmp_path, capfd) -> None:
     toy.train(config, tmp_path, 1, *ASYNCHRONOUS, save=True)
     for step in (2, 4, 6):
