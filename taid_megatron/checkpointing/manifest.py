@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
@@ -22,16 +24,38 @@ Records = dict[str, tuple[int, str]]
 
 
 def record(paths: Iterable[Path]) -> Records:
-    """Bring files to the disk and hash them."""
-    found = {}
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        found[path.name] = (path.stat().st_size, hash_file(path))
-    return found
+    """Bring files to the disk, and hash them meanwhile: from memory, where they still are.
+
+    Raises OSError, with the file's name, where either fails.
+    """
+    paths = list(paths)
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        hashes = beside.map(_hash, paths)
+        for path in paths:
+            _sync(path)
+        return {
+            path.name: (path.stat().st_size, digest)
+            for path, digest in zip(paths, hashes, strict=True)
+        }
+
+
+def _sync(path: Path) -> None:
+    with _named(path), path.open("rb", buffering=0) as file:
+        os.fsync(file.fileno())
+
+
+def _hash(path: Path) -> str:
+    with _named(path):
+        return hash_file(path)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What reads and syncs raise does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write(folder: Path, records: Records) -> str:
@@ -81,7 +105,7 @@ def problems(folder: Path, *, full: bool, rank: int = 0, size: int = 1) -> Itera
         is_shard = name.endswith(_SHARDS)
         if is_shard and not (full and number % size == rank):
             continue
-        if hash_file(folder / name) != digest:
+        if _hash(folder / name) != digest:
             yield f"{folder / name}: its content is not what was saved (another hash)"
 
 

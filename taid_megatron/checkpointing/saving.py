@@ -99,33 +99,6 @@ class _Failed:
         """Nothing is under way."""
 
 
-def save(
-    folder: Path,
-    step: int,
-    *,
-    stages: Sequence[Any],
-    optimizer: Any,
-    random_state: dict[str, torch.Tensor],
-    state: dict[str, Any],
-    retention: Retention = Retention(),
-) -> Path:
-    """Write and publish step_<step>; to be called on every rank. Returns its path.
-
-    stages: this rank's model chunks; state: what is not a tensor, as JSON (rank 0's is taken).
-    Raises UserError where the disk is full; the checkpoints that were there stay as they were.
-    """
-    saving = begin(
-        *(folder, step),
-        stages=stages,
-        optimizer=optimizer,
-        random_state=random_state,
-        state=state,
-        retention=retention,
-    )
-    saving.wait()
-    return saving.publish()
-
-
 def begin(
     folder: Path,
     step: int,
@@ -137,10 +110,12 @@ def begin(
     retention: Retention = Retention(),
     writer_timeout: float | None = None,
 ) -> PendingSave:
-    """As `save`, up to where the state may change again; what is left is the returned one's.
+    """Take down the state of step_<step>, up to where it may change again; on every rank.
 
-    writer_timeout: seconds that a process beside this one may take to write what is then a copy in
-    memory; None: written here.
+    What is left is the returned one's: `complete`, or step by step. stages: this rank's model
+    chunks; state: what is not a tensor, as JSON (rank 0's is taken). writer_timeout: seconds that
+    a process beside this one may take to write what is then a copy in memory; None: written here.
+    Raises UserError where the disk is full; the checkpoints that were there stay as they were.
     """
     sharded = sharded_state(stages, optimizer, random_state, loading=False)
     needed = _bytes_of(sharded)
@@ -286,18 +261,23 @@ class PendingSave:
         dist.all_gather_object(found, self._part.records)
         self._part.close()
         shards = {name: entry for records in found for name, entry in records.items()}
-        return on_first_rank(lambda: self._complete(shards))
+        return on_first_rank(lambda: self._seal(shards))
 
     def wait(self) -> None:
         """Until every rank's files are on the disk. Bounded, for each rank's writer is."""
         while not self.written():
             time.sleep(_POLL_SECONDS)
 
+    def complete(self) -> Path:
+        """All that is left, waited for. Returns the published checkpoint's path."""
+        self.wait()
+        return self.publish()
+
     def abandon(self) -> None:
         """End this rank's part of it. What is left on the disk goes at the next save."""
         self._part.close()
 
-    def _complete(self, shards: manifest.Records) -> Path:
+    def _seal(self, shards: manifest.Records) -> Path:
         unfinished, retention = self._unfinished, self._retention
         try:
             (unfinished / STATE_FILE).write_text(json.dumps(self._state, indent=1))

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from taid_megatron.checkpointing import folder as folders
 from taid_megatron.checkpointing import manifest
 from taid_megatron.checkpointing.folder import Checkpoint, find, newest
-from taid_megatron.checkpointing.saving import PendingSave, Retention, begin, save, sharded_state
+from taid_megatron.checkpointing.saving import PendingSave, Retention, begin, sharded_state
 from taid_megatron.checkpointing.unpickle import CommonStrategy, no_pickle, refusal
 from taid_megatron.config.errors import UserError
 from taid_megatron.runtime.distributed import on_first_rank
@@ -44,7 +44,6 @@ __all__ = [
     "load",
     "load_weights",
     "newest",
-    "save",
 ]
 
 Verify = Literal["fast", "full"]

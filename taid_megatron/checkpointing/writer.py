@@ -1,7 +1,7 @@
 """A process that brings one rank's files to the disk while the rank trains on.
 
 The rank writes its files into memory (`memory_file`) and hands them over; the process copies them
-to the disk, hashes them on the way, and answers with sizes and hashes. It is started anew for every
+to the disk, hashes them meanwhile, and answers with sizes and hashes. It is started anew for every
 save, by exec, and imports neither torch nor numpy: a process forked from one that has CUDA, NCCL
 and their threads may hang in a lock that none of its threads holds. It dies with its rank, stopped
 or not, and leaves signals to it.
@@ -12,12 +12,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import mmap
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -117,14 +120,33 @@ def main(job: dict[str, Any]) -> None:
 
 
 def _copy(descriptor: int, path: str) -> tuple[int, str]:
-    """Copy a memory file to the disk; its bytes and their hash."""
-    digest, size = xxhash.xxh3_128(), 0
-    buffer = memoryview(bytearray(_BLOCK_BYTES))
-    with open(descriptor, "rb", buffering=0) as source, open(path, "xb") as target:
-        while count := source.readinto(buffer):
-            digest.update(buffer[:count])
-            target.write(buffer[:count])
-            size += count
+    """Copy a memory file to the disk, a thread hashing it meanwhile; its bytes and their hash."""
+    with (
+        _mapped(descriptor) as content,
+        open(path, "xb") as target,
+        ThreadPoolExecutor(max_workers=1) as beside,
+    ):
+        digest = beside.submit(_hash, content)
+        for start in range(0, len(content), _BLOCK_BYTES):
+            target.write(content[start : start + _BLOCK_BYTES])
         target.flush()
         os.fsync(target.fileno())
-    return size, digest.hexdigest()
+        return len(content), digest.result()
+
+
+def _hash(content: memoryview) -> str:
+    digest = xxhash.xxh3_128()
+    for start in range(0, len(content), _BLOCK_BYTES):
+        digest.update(content[start : start + _BLOCK_BYTES])
+    return digest.hexdigest()
+
+
+@contextmanager
+def _mapped(descriptor: int) -> Iterator[memoryview]:
+    """A memory file's content, which nobody writes to any more; closes it."""
+    with open(descriptor, "rb"):
+        if not os.fstat(descriptor).st_size:  # nothing cannot be mapped
+            yield memoryview(b"")
+            return
+        with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as whole, memoryview(whole) as content:
+            yield content

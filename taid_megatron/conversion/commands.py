@@ -64,7 +64,7 @@ def import_folder(hf: Path, out: Path, precision: str | None = None) -> int:
             say(f"not used, as transformers does not either: {', '.join(unused)}")
         if world.is_main:
             companions.keep(folder, out / companions.FOLDER)
-        path = store.save(
+        path = store.begin(
             out,
             0,
             stages=stages,
@@ -78,7 +78,7 @@ def import_folder(hf: Path, out: Path, precision: str | None = None) -> int:
                 "imported": folder.name,
                 "versions": {"taid_megatron": __version__, "torch": torch.__version__},
             },
-        )
+        ).complete()
         say(f"checkpoint: {path} ({precision})")
         return 0
     finally:

@@ -54,7 +54,10 @@ def save(folder: Path, out: Path) -> None:
     companions.keep(folder, out / companions.FOLDER)
     state = {"architecture": architecture.model_dump(mode="json")}
     no_optimizer = commands._NoOptimizer()
-    store.save(out, 0, stages=stages, optimizer=no_optimizer, random_state={}, state=state)
+    saving = store.begin(
+        *(out, 0), stages=stages, optimizer=no_optimizer, random_state={}, state=state
+    )
+    saving.complete()
 
 
 @pytest.fixture(scope="module")

@@ -62,14 +62,14 @@ def _travel(
             )
             trainer.consumed_samples = state["consumed_samples"]
             samples.append(_next_samples(trainer))
-            at = store.save(
+            at = store.begin(
                 folder / f"{size}_{number}",
                 checkpoint.step,
                 stages=trainer.students,
                 optimizer=trainer.optimizer,
                 random_state=get_random_state(),
                 state=state,
-            )
+            ).complete()
     return samples
 
 

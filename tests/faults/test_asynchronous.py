@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import pytest
@@ -49,14 +51,11 @@ def _begin(trainer: Any, folder: Path, step: int, timeout: float | None) -> stor
 
 def _twice(rank: int, size: int, config: str, folder: str) -> list[str]:
     with toy.trainer(config, "parallel.tensor=2") as trainer:
-        blocking = _begin(trainer, Path(folder) / "blocking", 1, None)
-        blocking.wait()
-        blocking.publish()
+        _begin(trainer, Path(folder) / "blocking", 1, None).complete()
         saving = _begin(trainer, Path(folder) / "beside", 1, 60.0)
         for parameter in trainer.students[0].parameters():  # training goes on at once
             parameter.data.zero_()
-        saving.wait()
-        return [path.name for path in saving.publish().iterdir()]
+        return [path.name for path in saving.complete().iterdir()]
 
 
 def test_its_bytes_are_a_blocking_saves(config, tmp_path) -> None:
@@ -69,6 +68,50 @@ def test_its_bytes_are_a_blocking_saves(config, tmp_path) -> None:
         assert files.pop(".metadata")
     assert listed[0] == listed[1]
     assert manifest.problem(other, full=True) is None
+
+
+# Run in a rank and in its writer: what comes to the disk and what gets its name, in order.
+RECORDING = """
+import os, pathlib
+def record(owner, name, path_of):
+    function = getattr(owner, name)
+    def recording(*args):
+        function(*args)
+        with open(LOG, "a") as log:
+            log.write(f"{name} {pathlib.Path(path_of(args)).relative_to(ROOT)}\\n")
+    setattr(owner, name, recording)
+record(os, "fsync", lambda args: os.readlink(f"/proc/self/fd/{args[0]}"))
+record(pathlib.Path, "rename", lambda args: args[1])
+record(pathlib.Path, "replace", lambda args: args[1])
+"""
+
+
+def _recorded(rank: int, size: int, config: str, folder: str) -> list[list[str]]:
+    log = Path(folder) / "log"
+    where = f"LOG, ROOT = {str(log)!r}, {folder!r}\n" + RECORDING
+    exec(where, {})
+    writer._START = where + START
+    found = []
+    with toy.trainer(config) as trainer:
+        for timeout in (None, 60.0):
+            saved = _begin(trainer, Path(folder) / "all", 1, timeout).complete()
+            found.append([log.read_text().splitlines(), sorted(os.listdir(saved))])
+            log.unlink()
+    return found
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(config, tmp_path) -> None:
+    (found,) = run_ranks(1, _recorded, str(config), str(tmp_path))
+    for (events, names), final in zip(found, ("step_00000001", "step_00000001_2"), strict=True):
+        published = events.index(f"rename all/{final}")
+        unfinished = f"all/.unfinished_{final}"
+        synced = events[:published]
+        assert synced[-1] == f"fsync {unfinished}"
+        assert {f"fsync {unfinished}/{name}" for name in names} <= set(synced)
+        after = events[published + 1 :]
+        assert after[0] == "fsync all"
+        assert after[1].startswith("fsync all/latest.tmp-")
+        assert after[2:] == ["replace all/latest", "fsync all"]
 
 
 def test_a_run_saves_while_it_trains(config, straight, tmp_path, capfd) -> None:
@@ -94,6 +137,8 @@ STOPPED = (
     "import os, signal; from taid_megatron.checkpointing import writer; "
     "writer._copy = lambda *file: os.kill(os.getpid(), signal.SIGSTOP); " + START
 )
+NO_SYNC = "import os; os.fsync = lambda file: os.read(-1, 1); " + START
+NO_HASH = "import os, xxhash; xxhash.xxh3_128 = lambda: os.read(-1, 1); " + START
 SLOW = "import time; time.sleep(1.0); " + START
 
 
@@ -115,21 +160,47 @@ def _faults(rank: int, size: int, config: str, folder: str) -> list[Any]:
                 told.append((type(error), str(error)))
             told.append((process.poll() is not None, [each.name for each in path.iterdir()]))
         writer._START = START
+        told += _failing(rank, trainer, path)
         python = sys.executable
         sys.executable = "/nowhere" if rank == 1 else python
         saving = _begin(trainer, path, 4, 60.0)
         sys.executable = python
         with pytest.raises(writer.WriterError, match=r"on rank 1 .*'/nowhere'"):
             saving.wait()
+        told.append(_begin(trainer, path, 4, 60.0).complete().name)
+    return told
+
+
+def _failing(rank: int, trainer: Any, path: Path) -> list[str]:
+    """What is told where rank 1's files cannot be synced, or not be hashed, which goes on beside:
+    by the writer, and in a blocking save."""
+
+    def fail(*args: Any) -> NoReturn:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    told = []
+    for program in (NO_SYNC, NO_HASH):
+        writer._START = program if rank == 1 else START
         saving = _begin(trainer, path, 4, 60.0)
-        saving.wait()
-        told.append(saving.publish().name)
+        writer._START = START
+        with pytest.raises(writer.WriterError) as caught:
+            saving.wait()
+        told.append(str(caught.value))
+    for module, name in ((os, "fsync"), (manifest, "hash_file")):
+        saving = _begin(trainer, path, 4, None)
+        with pytest.MonkeyPatch.context() as patched:
+            if rank == 1:
+                patched.setattr(module, name, fail)
+            with pytest.raises(writer.WriterError) as caught:
+                saving.wait()
+        told.append(str(caught.value))
+    assert not list(path.iterdir())
     return told
 
 
 def test_a_dead_a_stuck_and_a_full_writer_end_it_on_all_ranks(config, tmp_path) -> None:
-    """Rank 1's alone (at last one that does not start); the other one hears of it. Nothing is left,
-    and the next save works."""
+    """Rank 1's alone (then files that cannot be synced or hashed, at last a writer that does not
+    start); the other one hears of it. Nothing is left, and the next save works."""
     first, second = run_ranks(2, _faults, str(config), str(tmp_path))
     (killed, after), (stuck, _), (full, _) = (first[at : at + 2] for at in (0, 2, 4))
     assert killed[0] is writer.WriterError
@@ -144,7 +215,11 @@ def test_a_dead_a_stuck_and_a_full_writer_end_it_on_all_ranks(config, tmp_path) 
     for told in (first, second):
         assert told[:5:2] == [killed, stuck, full]
         assert told[1:6:2] == [(True, [])] * 3  # no process, no debris
-        assert told[6] == "step_00000004"
+        for text in told[6:8]:
+            assert re.search(r"step 4 was not saved, on rank 1 .*Bad file.*\.distcp'", text)
+        for text in told[8:10]:
+            assert re.search(r"step 4 was not saved, on rank 1 .*Input/output.*\.distcp'", text)
+        assert told[10] == "step_00000004"
 
 
 def _killed(rank: int, size: int, config: str, folder: str) -> None:

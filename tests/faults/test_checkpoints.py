@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import resource
@@ -25,8 +24,6 @@ from taid_megatron.runtime.random_state import get_random_state
 
 from ..distributed import toy
 from ..distributed.ranks import run_ranks
-
-STEPS = ("training.steps=6", "checkpoint.every=2")
 
 
 def flip(path: Path, seed: int) -> None:
@@ -191,37 +188,6 @@ def test_the_newest_sound_one_is_chosen_alike_on_all_ranks(straight, tmp_path, c
         assert "latest" in refusal
 
 
-def test_a_run_falls_back_loudly_and_saves_beside_the_damaged_one(
-    config, straight, tmp_path, capfd
-) -> None:
-    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
-    damaged = tmp_path / "checkpoints" / "step_00000006"
-    cut(damaged / ".metadata", 0)
-    (tmp_path / "checkpoints/.unfinished_step_00000008").mkdir()
-    before = hashes(damaged)
-
-    records = toy.train(config, tmp_path, 1, *STEPS, "checkpoint.keep=2", save=True)
-    assert ".metadata" in capfd.readouterr().err
-    (noted,) = toy.column(records, "checkpoint_faults")
-    assert ".metadata" in noted
-    assert hashes(damaged) == before
-    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    # 2 is gone by checkpoint.keep; 4, just as old, is the one resumed from
-    assert left == {"step_00000006_2", "step_00000006", "step_00000004", "latest"}
-    again = json.loads((tmp_path / "checkpoints" / "latest").read_text())
-    assert again["checkpoint"] == "step_00000006_2"
-    # the same steps as in the undisturbed run
-    untouched = [json.loads(line) for line in (straight / "metrics.jsonl").open()]
-    assert toy.column(records, "loss") == toy.column(untouched, "loss")
-
-
-def test_strict_refuses_to_go_back(config, straight, tmp_path) -> None:
-    shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
-    empty(tmp_path / "checkpoints/step_00000006/common.pt", 0)
-    with pytest.raises(UserError, match=r"common\.pt: 0 bytes instead of"):
-        toy.train(config, tmp_path, 1, *STEPS, "checkpoint.strict=true", save=True)
-
-
 def _made(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).mkdir(parents=True)
@@ -246,16 +212,14 @@ def test_keep_every_alone_is_refused(config, tmp_path) -> None:
 
 
 def _save(trainer: Any, folder: Path, step: int, writer_timeout: float | None = None) -> Path:
-    saving = store.begin(
+    return store.begin(
         *(folder, step),
         stages=trainer.students,
         optimizer=trainer.optimizer,
         random_state=get_random_state(),
         state={},
         writer_timeout=writer_timeout,
-    )
-    saving.wait()
-    return saving.publish()
+    ).complete()
 
 
 @pytest.fixture

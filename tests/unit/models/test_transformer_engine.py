@@ -144,7 +144,7 @@ def whole_life(rank: int, size: int, root: Path) -> None:
 
     for name, source, target in (("te", engine, other_local), ("local", other_local, other_engine)):
         arguments = {"optimizer": _NoOptimizer(), "random_state": {}, "state": {}}
-        path = store.save(root / name, 0, stages=[source], **arguments)
+        path = store.begin(root / name, 0, stages=[source], **arguments).complete()
         store.load_weights(store.find(path), [target])
         assert torch.equal(logits(source, reference["ids"]), logits(target, reference["ids"]))
     assert_same(engine, other_local)
