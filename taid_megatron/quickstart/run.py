@@ -20,12 +20,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data_tools.manifest import write_atomically
 from taid_megatron.config.checks import EngineAbilities, check
 from taid_megatron.config.errors import UserError
 from taid_megatron.config.load import dump
 from taid_megatron.quickstart import results
 from taid_megatron.quickstart.stages import VOCAB_SIZE, Plan, Sizes, Stage, plan
-from taid_megatron.reporting.files import write_whole
 from taid_megatron.runtime.distributed import abilities
 
 _FREE_BYTES = 500 * 2**20
@@ -63,7 +63,7 @@ def run(folder: Path, fresh: bool = False, sizes: Sizes | None = None) -> int:
         return error.code
     seconds = round(time.perf_counter() - started, 1)
     summary = results.summarize(stages, exported, seconds)
-    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
     report = results.report(folder, stages, summary)
     results.show(summary, console)
     console.print(f"Summary: {folder / 'summary.json'}", soft_wrap=True)
