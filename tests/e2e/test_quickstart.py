@@ -45,8 +45,6 @@ STAGES = (
     "corpus",
     "tokenizer.model",
     "teacher/metrics.jsonl",
-    "student-forward-kl/metrics.jsonl",
-    "student-cross-entropy/evaluation",
     "exported",
 )
 
