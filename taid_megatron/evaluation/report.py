@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from taid_megatron.reporting.files import write_whole
+from data_tools.manifest import write_atomically
 
 Row = tuple[str, str, str]
 
@@ -53,13 +53,13 @@ def show(results: dict[str, Any]) -> None:
 def write(results: dict[str, Any], folder: Path) -> None:
     """evaluation.json and evaluation.md, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "evaluation.json", json.dumps(results, indent=1) + "\n")
+    write_atomically(folder / "evaluation.json", json.dumps(results, indent=1).encode() + b"\n")
     lines = [f"# {results['model']}", "", "| | model | teacher |", "| --- | ---: | ---: |"]
     lines += [
         f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
         for row in rows(results)
     ]
-    write_whole(folder / "evaluation.md", "\n".join([*lines, ""]))
+    write_atomically(folder / "evaluation.md", "\n".join([*lines, ""]).encode())
 
 
 def _cell(value: float | None, form: str) -> str:

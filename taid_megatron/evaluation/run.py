@@ -18,8 +18,7 @@ from taid_megatron.config.hf import CONFIG_FILE
 from taid_megatron.config.load import from_tree, read_tree
 from taid_megatron.config.schema import Config
 from taid_megatron.conversion import companions
-from taid_megatron.data.datasets import build_datasets
-from taid_megatron.data.loader import DistributedBatches, MapDataset
+from taid_megatron.data.loader import MapDataset
 from taid_megatron.evaluation import harness, report
 from taid_megatron.evaluation.figures import HeldOut, LastWord
 from taid_megatron.evaluation.last_word import LastWords, read_texts
@@ -28,11 +27,11 @@ from taid_megatron.models.vocabulary import Vocabulary
 from taid_megatron.runtime import distributed
 from taid_megatron.runtime.distributed import World
 from taid_megatron.training.setup import (
-    blend_parts,
     build_pairs,
     check_vocabulary,
-    eod_id,
     evaluation_samples,
+    first_samples,
+    open_datasets,
     teacher_architecture,
     teacher_communicator,
 )
@@ -192,29 +191,15 @@ def _measured(
 
 def _held_out(config: Config, world: World, vocabulary: Vocabulary, pairs: list[Pair]) -> Tree:
     check_vocabulary(config, vocabulary)
-    parts = blend_parts(config.data.validation or ())
     samples = evaluation_samples(config, world.size)
-    assert config.data.cache is not None
-    _, dataset = build_datasets(
-        train_blend=parts,  # megatron-core's builder wants one
-        valid_blend=parts,
-        seq_length=config.training.seq_length,
-        seed=config.run.seed,
-        num_train_samples=1,
-        num_valid_samples=samples,
-        eod_id=eod_id(config),
-        cache_path=config.data.cache,
-        eod_mask_loss=config.data.eod_mask_loss,
-        reset_position_ids=config.data.reset_position_ids,
-        reset_attention_mask=config.data.reset_attention_mask,
-    )
+    _, dataset = open_datasets(config, world.size)
     figures = HeldOut(vocabulary, world.groups.tp, config.teacher is not None)
     means = _means(config, world, pairs, dataset, samples, figures)  # type: ignore[arg-type]
     found: Tree = {"cross_entropy": means.pop("loss"), **means}
     found["perplexity"] = math.exp(found["cross_entropy"])
     if config.teacher is not None:
         found["teacher_perplexity"] = math.exp(found["teacher_cross_entropy"])
-    prefixes = [prefix for prefix, _ in parts]
+    prefixes = [str(part.prefix) for part in config.data.validation or ()]
     return {"data": prefixes, "samples": samples, **found}
 
 
@@ -255,13 +240,7 @@ def _means(
     samples: int,
     figures: PerToken,
 ) -> dict[str, float]:
-    batches = DistributedBatches(
-        dataset,
-        micro_batch_size=config.training.micro_batch_size,
-        dp_rank=world.data_rank,
-        dp_size=world.groups.dp.size(),
-        prefetch=0,
-    )
+    batches = first_samples(config, world, dataset, samples)
     pipeline = Pipeline(
         world=world,
         stages=pairs,  # type: ignore[arg-type]
@@ -270,4 +249,4 @@ def _means(
         micro_batch_size=config.training.micro_batch_size,
     )
     with torch.no_grad():
-        return pipeline.run(batches.step(samples), figures, forward_only=True)
+        return pipeline.run(batches, figures, forward_only=True)

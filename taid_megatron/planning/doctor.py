@@ -19,6 +19,7 @@ from typing import Literal
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from data_tools.manifest import DataError, Manifest, check_indexed, read_manifest
 from taid_megatron.checkpointing.folder import find as find_checkpoint
 from taid_megatron.config.batches import train_steps
 from taid_megatron.config.checks import EngineAbilities, check
@@ -28,6 +29,8 @@ from taid_megatron.planning import stack, tokenizer_ids
 from taid_megatron.planning.shape import parameters
 
 State = Literal["ok", "note", "FAIL"]
+Manifests = dict[Path, Manifest | Exception | None]
+"""By prefix of the data; None where there is none, or why it cannot be read."""
 
 _SHARED_MEMORY = 1 << 30
 _OPEN_FILES = 4096
@@ -51,8 +54,10 @@ def examine(config: Config | None) -> list[Finding]:
     """All findings, the machine's first, then the configuration's."""
     found = [*_python(), *_versions(), *_gpus(config), *_compiler(config), *_limits(), *_port()]
     if config is not None:
-        found += [*_configuration(config), *_data(config), *_tokenizers(config)]
-        found += [*_teacher(config), *_disk(config)]
+        manifests = _manifests(config)
+        of_data = _fingerprints(manifests)
+        found += [*_configuration(config), *_data(config, manifests), *_one_tokenizer(of_data)]
+        found += [*_tokenizers(config, of_data), *_teacher(config, of_data), *_disk(config)]
     return found
 
 
@@ -151,8 +156,9 @@ def _gpus(config: Config | None) -> Iterator[Finding]:
     mend = "" if len(names) == 1 else "ranks wait for the slowest kind: use one"
     yield Finding("GPUs", state, f"{machine.gpu_count} x {', '.join(names)}", mend)
     yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
-    fp8 = min(torch.cuda.get_device_capability(i) for i in range(machine.gpu_count))
-    yield Finding("FP8", "note", "yes" if fp8 >= _FP8_CAPABILITY else "not on these GPUs")
+    assert machine.compute_capability is not None
+    fp8 = machine.compute_capability >= _FP8_CAPABILITY
+    yield Finding("FP8", "note", "yes" if fp8 else "not on these GPUs")
     state = "ok" if machine.has_transformer_engine else "note"
     yield Finding("Transformer Engine", state, machine.transformer_engine)
     if config is not None and config.parallel.tensor > machine.gpu_count:
@@ -230,14 +236,24 @@ def _configuration(config: Config) -> Iterator[Finding]:
         yield Finding("configuration", "ok", "its values fit together")
 
 
-def _data(config: Config) -> Iterator[Finding]:
-    from data_tools.manifest import DataError, check_indexed, read_manifest
-
-    limit = config.student.architecture.vocab_size
+def _manifests(config: Config) -> Manifests:
+    found: Manifests = {}
     for part in (*config.data.blend, *(config.data.validation or ())):
-        what = f"data {part.prefix}"
         try:
-            files, manifest = check_indexed(part.prefix), read_manifest(part.prefix)
+            found[part.prefix] = read_manifest(part.prefix)
+        except (DataError, OSError) as error:
+            found[part.prefix] = error
+    return found
+
+
+def _data(config: Config, manifests: Manifests) -> Iterator[Finding]:
+    limit = config.student.architecture.vocab_size
+    for prefix, manifest in manifests.items():
+        what = f"data {prefix}"
+        try:
+            files = check_indexed(prefix)
+            if isinstance(manifest, Exception):
+                raise manifest
         except (DataError, OSError) as error:
             yield Finding(what, "FAIL", str(error), "see the message")
             continue
@@ -251,16 +267,27 @@ def _data(config: Config) -> Iterator[Finding]:
             yield Finding(what, "FAIL", found, "prepare it with the models' tokenizer")
             continue
         yield Finding(what, "ok", f"{files.num_sequences:,} sequences, {manifest.tokens:,} tokens")
-    fingerprints = _fingerprints(config)
-    if len(fingerprints) > 1:
-        given = ", ".join(f"{prefix}: {value[:8]}" for value, prefix in fingerprints.items())
+
+
+def _fingerprints(manifests: Manifests) -> dict[str, Path]:
+    """Of the tokenizers that made the data, with a prefix that each made."""
+    found: dict[str, Path] = {}
+    for prefix, manifest in manifests.items():
+        if isinstance(manifest, Manifest):
+            found.setdefault(manifest.tokenizer.fingerprint, prefix)
+    return found
+
+
+def _one_tokenizer(of_data: dict[str, Path]) -> Iterator[Finding]:
+    if len(of_data) > 1:
+        given = ", ".join(f"{prefix}: {value[:8]}" for value, prefix in of_data.items())
         mend = "prepare all of them with one tokenizer"
         yield Finding("tokenizers of the data", "FAIL", given, mend)
-    elif fingerprints:
-        yield Finding("tokenizer of the data", "ok", next(iter(fingerprints))[:16])
+    elif of_data:
+        yield Finding("tokenizer of the data", "ok", next(iter(of_data))[:16])
 
 
-def _teacher(config: Config) -> Iterator[Finding]:
+def _teacher(config: Config, of_data: dict[str, Path]) -> Iterator[Finding]:
     teacher = config.teacher
     if teacher is None:
         return
@@ -279,31 +306,14 @@ def _teacher(config: Config) -> Iterator[Finding]:
         yield Finding("teacher", "FAIL", f"{teacher.checkpoint}: {error}", mend)
         return
     yield Finding("teacher", "ok", f"{checkpoint.path}, {vocabulary} token ids")
-    of_data = _fingerprints(config)
     if tokenizer is not None and of_data and tokenizer not in of_data:
         found = f"{tokenizer[:16]}, the data's is {next(iter(of_data))[:16]}"
         mend = "prepare the data with the tokenizer that the teacher was trained with"
         yield Finding("teacher's tokenizer", "FAIL", found, mend)
 
 
-def _fingerprints(config: Config) -> dict[str, Path]:
-    """Of the tokenizers that made the data, with a prefix that each made."""
-    from data_tools.manifest import DataError, read_manifest
-
-    found: dict[str, Path] = {}
-    for part in (*config.data.blend, *(config.data.validation or ())):
-        try:
-            manifest = read_manifest(part.prefix)
-        except (DataError, OSError):
-            continue  # said where the data is looked at
-        if manifest is not None:
-            found.setdefault(manifest.tokenizer.fingerprint, part.prefix)
-    return found
-
-
-def _tokenizers(config: Config) -> Iterator[Finding]:
+def _tokenizers(config: Config, of_data: dict[str, Path]) -> Iterator[Finding]:
     """The files that come with the models against the one that made the data."""
-    of_data = _fingerprints(config)
     if len(of_data) != 1:
         return
     models = {"student": config.student.hf, "teacher": config.teacher and config.teacher.hf}

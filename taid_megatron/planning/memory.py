@@ -132,8 +132,8 @@ class Sizes:
 def rank_memory(sizes: Sizes, rank: int) -> RankMemory:
     """Bytes of a rank of pipeline stage `rank`; the tensor- and data-parallel ranks are alike."""
     parallel = sizes.config.parallel
-    mine = [s for k, s in enumerate(sizes.student_stages()) if k % parallel.pipeline == rank]
-    others = [s for k, s in enumerate(sizes.teacher_stages()) if k % parallel.pipeline == rank]
+    mine = sizes.student_stages()[rank :: parallel.pipeline]
+    others = sizes.teacher_stages()[rank :: parallel.pipeline]
     weights = sum(map(sizes.student_parameters, mine))
     shards = data_parallel_size(sizes.config, sizes.world_size)
     kept = 8 if sizes.config.training.precision == "fp32" else 12
@@ -144,7 +144,7 @@ def rank_memory(sizes: Sizes, rank: int) -> RankMemory:
         optimizer=kept * weights / (shards if parallel.distributed_optimizer else 1),
         activations=_activations_peak(sizes, rank),
         logits=logits,
-        teacher=_teacher_bytes(sizes, rank),
+        teacher=_teacher_bytes(sizes, others),
         work=_work(sizes, mine, others),
         messages=_messages(sizes),
     )
@@ -180,22 +180,21 @@ def logits_bytes(sizes: Sizes, kind: str | None = None) -> float:
     return logits + sizes.tokens * _LOSS_COLUMNS + buffers
 
 
-def _teacher_bytes(sizes: Sizes, rank: int) -> float:
+def _teacher_bytes(sizes: Sizes, others: list[Stage]) -> float:
     if sizes.config.engine.teacher_fp8 != "none":
-        return teacher_fp8_bytes(sizes, rank)
-    pipeline = sizes.config.parallel.pipeline
-    mine = [stage for k, stage in enumerate(sizes.teacher_stages()) if k % pipeline == rank]
-    return float(sizes.teacher_element * sum(map(sizes.teacher_parameters, mine)))
+        return teacher_fp8_bytes(sizes, others)
+    return float(sizes.teacher_element * sum(map(sizes.teacher_parameters, others)))
 
 
-def teacher_fp8_bytes(sizes: Sizes, rank: int) -> float:
-    """The teacher's weights of a rank with its layers in FP8, embedding and head as they are."""
-    pipeline, total = sizes.config.parallel.pipeline, 0.0
-    for k, stage in enumerate(sizes.teacher_stages()):
-        if k % pipeline == rank:
-            tables = sizes.teacher_parameters(replace(stage, layers=0))
-            layers = sizes.teacher_parameters(stage) - tables
-            total += layers + sizes.teacher_element * tables
+def teacher_fp8_bytes(sizes: Sizes, others: list[Stage]) -> float:
+    """The weights of some of the teacher's stages on one rank: layers in FP8, both tables as they
+    are.
+    """
+    total = 0.0
+    for stage in others:
+        tables = sizes.teacher_parameters(replace(stage, layers=0))
+        layers = sizes.teacher_parameters(stage) - tables
+        total += layers + sizes.teacher_element * tables
     return total
 
 

@@ -197,5 +197,6 @@ def _stages(costs: Costs) -> list[dict[str, Any]]:
 
 def _memory(sizes: Sizes, rank: int) -> dict[str, float]:
     memory = rank_memory(sizes, rank)
-    fp8 = teacher_fp8_bytes(sizes, rank)
+    others = sizes.teacher_stages()[rank :: sizes.config.parallel.pipeline]
+    fp8 = teacher_fp8_bytes(sizes, others)
     return {**asdict(memory), "total": memory.total, "teacher_if_fp8": fp8}

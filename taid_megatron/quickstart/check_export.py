@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from taid_megatron.reporting.files import write_whole
+from data_tools.manifest import write_atomically
 
 NUM_TEXTS = 20
 CHARACTERS = 2000
@@ -64,4 +64,4 @@ def _logit_difference(checkpoint: Path, exported: Any, reference: Any, samples: 
 
 if __name__ == "__main__":
     *inputs, out = map(Path, sys.argv[1:])
-    write_whole(out, json.dumps(check(*inputs), indent=1) + "\n")
+    write_atomically(out, json.dumps(check(*inputs), indent=1).encode() + b"\n")

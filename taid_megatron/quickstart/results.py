@@ -48,7 +48,7 @@ Summary = dict[str, Any]
 
 
 def summarize(stages: Plan, exported: Path, seconds: float) -> Summary:
-    """All figures, as they go into summary.json."""
+    """All figures, as they go into summary.json; seconds: over all calls."""
     evaluations = {
         method: [_held_out(stage) for stage in seeds] for method, seeds in stages.students.items()
     }
@@ -246,7 +246,7 @@ def report(folder: Path, stages: Plan, summary: Summary) -> Path:
                         "not how good the methods are. "
                         + _seeds(summary)
                         + f" {machine['device']}, {machine['cores']} cores, torch "
-                        f"{machine['torch']}; {summary['seconds']:.0f} s in this call."
+                        f"{machine['torch']}; {summary['seconds']:.0f} s over all calls."
                     ),
                 ],
             ),

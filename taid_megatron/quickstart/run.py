@@ -14,18 +14,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
+from data_tools.manifest import write_atomically
 from taid_megatron.config.checks import EngineAbilities, check
 from taid_megatron.config.errors import UserError
 from taid_megatron.config.load import dump
 from taid_megatron.quickstart import results
 from taid_megatron.quickstart.stages import VOCAB_SIZE, Plan, Sizes, Stage, plan
-from taid_megatron.reporting.files import write_whole
 from taid_megatron.runtime.distributed import abilities
 
 _FREE_BYTES = 500 * 2**20
@@ -50,25 +51,42 @@ def run(folder: Path, fresh: bool = False, sizes: Sizes | None = None) -> int:
     _require_room(folder)
     if fresh:
         _remove(folder)
-    started = time.perf_counter()
     stages = plan(folder, sizes or Sizes(), machine)
     try:
-        _prepare_data(folder, console)
-        for stage in _in_order(stages):
-            _train(stage, console, machine)
-        _evaluate(stages, console)
-        exported = _export(folder, stages.students["taid"][0], console)
+        with _timed(folder) as seconds:
+            _prepare_data(folder, console)
+            for stage in _in_order(stages):
+                _train(stage, console, machine)
+            _evaluate(stages, console)
+            exported = _export(folder, stages.students["taid"][0], console)
     except StageFailedError as error:
         console.print(f"[red]{error}[/red]")
         return error.code
-    seconds = round(time.perf_counter() - started, 1)
-    summary = results.summarize(stages, exported, seconds)
-    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    summary = results.summarize(stages, exported, round(seconds(), 1))
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
     report = results.report(folder, stages, summary)
     results.show(summary, console)
     console.print(f"Summary: {folder / 'summary.json'}", soft_wrap=True)
     console.print(f"Report: {report.resolve()}", soft_wrap=True)
     return 0 if results.all_passed(summary) else 1
+
+
+@contextmanager
+def _timed(folder: Path) -> Iterator[Callable[[], float]]:
+    """Gives the seconds that all calls for a folder took so far, interrupted ones included.
+
+    One that is killed leaves nothing of its own.
+    """
+    path, started = folder / "seconds.json", time.perf_counter()
+    before = json.loads(path.read_text()) if path.is_file() else 0.0
+
+    def so_far() -> float:
+        return before + time.perf_counter() - started
+
+    try:
+        yield so_far
+    finally:
+        write_atomically(path, json.dumps(so_far()).encode() + b"\n")
 
 
 def _in_order(stages: Plan) -> list[Stage]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from taid_megatron.reporting.files import write_whole
+from data_tools.manifest import write_atomically
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 68rem; margin: 2rem auto;
@@ -97,7 +97,7 @@ class Section:
 def write(path: Path, title: str, sections: Sequence[Section]) -> None:
     """The page, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, page(title, sections))
+    write_atomically(path, page(title, sections).encode())
 
 
 def page(title: str, sections: Sequence[Section]) -> str:

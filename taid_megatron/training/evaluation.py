@@ -10,9 +10,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from taid_megatron.data.loader import DistributedBatches
 from taid_megatron.training.objectives import HeldOutFigures
-from taid_megatron.training.setup import Trainer, evaluation_samples
+from taid_megatron.training.setup import Trainer, evaluation_samples, first_samples
 
 
 @torch.no_grad()
@@ -23,21 +22,14 @@ def evaluate(trainer: Trainer, dataset: Dataset) -> dict[str, float]:
     teacher_perplexity and kl, KL(teacher || student) in nats per token.
     """
     config, world = trainer.config, trainer.world
-    batches = DistributedBatches(
-        dataset,  # type: ignore[arg-type]
-        micro_batch_size=config.training.micro_batch_size,
-        dp_rank=world.data_rank,
-        dp_size=world.groups.dp.size(),
-        prefetch=0,
-    )
+    samples = evaluation_samples(config, world.size)
+    batches = first_samples(config, world, dataset, samples)  # type: ignore[arg-type]
     figures = HeldOutFigures(
         *(world, trainer.vocabulary, config.loss, config.parallel.sequence_parallel),
         with_teacher=trainer.has_teacher,
     )
     with _evaluation_mode(trainer.stages):
-        means = trainer.pipeline.run(
-            batches.step(evaluation_samples(config, world.size)), figures, forward_only=True
-        )
+        means = trainer.pipeline.run(batches, figures, forward_only=True)
     result = {"cross_entropy": means["loss"], "perplexity": math.exp(means["loss"])}
     if trainer.has_teacher:
         result["teacher_cross_entropy"] = means["teacher_cross_entropy"]

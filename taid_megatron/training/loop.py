@@ -262,7 +262,7 @@ def _skipped(trainer: Trainer, batch_size: int, fault: str) -> dict[str, Any]:
     The data and the learning rate move on. Raises NonFiniteError after too many in a row.
     """
     trainer.skipped_in_a_row += 1
-    first, last = trainer.consumed_samples - batch_size, trainer.consumed_samples - 1
+    first, last = _samples(trainer, batch_size)
     text = (
         f"step {trainer.step}: the {fault} is not finite; the step was not applied on any rank "
         f"(samples {first} to {last})"
@@ -289,7 +289,7 @@ def _loss_spike(trainer: Trainer, loss: float, batch_size: int) -> dict[str, Any
     above = trainer.recent_losses.add(loss, trainer.config.training.loss_spike_deviations)
     if above is None:
         return {}
-    first, last = trainer.consumed_samples - batch_size, trainer.consumed_samples - 1
+    first, last = _samples(trainer, batch_size)
     get_logger().warning(
         f"step {trainer.step}: the loss is {loss:.4g}, {above:.1f} standard deviations above those "
         f"before (samples {first} to {last})"
@@ -299,6 +299,11 @@ def _loss_spike(trainer: Trainer, loss: float, batch_size: int) -> dict[str, Any
         "loss_spike_first_sample": first,
         "loss_spike_last_sample": last,
     }
+
+
+def _samples(trainer: Trainer, batch_size: int) -> tuple[int, int]:
+    """First and last sample of the step that was just taken."""
+    return trainer.consumed_samples - batch_size, trainer.consumed_samples - 1
 
 
 def _due(every: int | None, trainer: Trainer) -> bool:

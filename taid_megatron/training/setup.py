@@ -25,7 +25,7 @@ from taid_megatron.conversion.hf_import import import_hf
 from taid_megatron.data import dali_reader
 from taid_megatron.data.datasets import build_datasets
 from taid_megatron.data.inspection import inspect
-from taid_megatron.data.loader import DistributedBatches
+from taid_megatron.data.loader import DistributedBatches, MapDataset, MicroBatch
 from taid_megatron.models.build import DTYPES, GPTStage, build_stages, transformer_config
 from taid_megatron.models.initialize import initialize
 from taid_megatron.models.pair import Pair
@@ -333,6 +333,20 @@ def evaluation_samples(config: Config, world_size: int) -> int:
     if config.parallel.virtual_pipeline:
         unit *= config.parallel.pipeline
     return -(-config.evaluation.samples // unit) * unit
+
+
+def first_samples(
+    config: Config, world: World, dataset: MapDataset, count: int
+) -> list[MicroBatch]:
+    """This rank's micro-batches of a dataset's first `count` samples, as of one step."""
+    batches = DistributedBatches(
+        dataset,
+        micro_batch_size=config.training.micro_batch_size,
+        dp_rank=world.data_rank,
+        dp_size=world.groups.dp.size(),
+        prefetch=0,
+    )
+    return batches.step(count)
 
 
 def blend_parts(parts: Blend) -> list[tuple[str, float]]:

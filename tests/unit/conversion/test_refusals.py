@@ -36,6 +36,13 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
 
+def save(weights: dict[str, torch.Tensor], folder: Path, ending: str) -> None:
+    if ending == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        save_file(weights, folder / "model.safetensors")
+
+
 def checked(folder: Path) -> list[str]:
     return check_tensors(open_folder(folder), "llama", read(folder))
 
@@ -98,10 +105,7 @@ def whole_numbers(weights: dict[str, torch.Tensor]) -> None:
 def test_tensors_that_are_not_the_model_s_are_refused(tmp_path: Path, change, words, ending):
     weights = tensors(tmp_path)
     change(weights)
-    if ending == "bin":
-        torch.save(weights, tmp_path / "pytorch_model.bin")
-    else:
-        save_file(weights, tmp_path / "model.safetensors")
+    save(weights, tmp_path, ending)
     with pytest.raises(UserError, match=words) as refused:
         checked(tmp_path)
     assert "\n" not in str(refused.value)
@@ -154,10 +158,7 @@ def test_damaged_and_absent_files_are_refused(tmp_path: Path):
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
 def test_a_slice_beyond_a_tensor_s_end_is_refused(tmp_path: Path, ending: str, axis: int):
     weights = tensors(tmp_path)
-    if ending == "bin":
-        torch.save(weights, tmp_path / "pytorch_model.bin")
-    else:
-        save_file(weights, tmp_path / "model.safetensors")
+    save(weights, tmp_path, ending)
     source = open_folder(tmp_path)
     name = "model.layers.0.mlp.down_proj.weight"
     end = weights[name].shape[axis]

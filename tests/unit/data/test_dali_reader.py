@@ -19,7 +19,7 @@ from taid_megatron.data.loader import DistributedBatches, MicroBatch
 from taid_megatron.training import loop
 
 from ...distributed import toy
-from .test_loader import Numbers, batches, ids_of
+from .test_loader import Numbers, assert_a_read_error_comes_in_its_turn, batches
 
 WINDOWS = 60
 
@@ -82,15 +82,7 @@ def test_micro_batches_are_the_default_reader_s(windows, prefetch: int) -> None:
 @pytest.mark.usefixtures("dali")
 @pytest.mark.parametrize("prefetch", [0, 8])
 def test_a_read_error_reaches_the_caller_in_its_turn(prefetch: int) -> None:
-    dataset = Numbers(24, broken=10)
-    with batches(dataset, prefetch=prefetch, transport=through_dali) as stream:
-        assert ids_of(stream.step(8)) == list(range(8))
-        for _ in range(2):
-            with pytest.raises(OSError, match="sample 10 cannot be read"):
-                stream.step(8)
-            assert stream.consumed_samples == 8
-        dataset.broken = None
-        assert ids_of(stream.step(8)) == list(range(8, 16))
+    assert_a_read_error_comes_in_its_turn(prefetch=prefetch, transport=through_dali)
 
 
 @pytest.mark.usefixtures("dali")

@@ -121,9 +121,13 @@ def test_what_cannot_be_is_refused(act: Callable[[DistributedBatches], object], 
 
 @pytest.mark.parametrize("prefetch", [0, 8])
 def test_a_read_error_reaches_the_caller_in_its_turn(prefetch: int) -> None:
+    assert_a_read_error_comes_in_its_turn(prefetch=prefetch)
+
+
+def assert_a_read_error_comes_in_its_turn(**options) -> None:
     """Not before the bad sample's step, and without consuming it: a retry is possible."""
     dataset = Numbers(24, broken=10)
-    with batches(dataset, prefetch=prefetch) as stream:
+    with batches(dataset, **options) as stream:
         assert ids_of(stream.step(8)) == list(range(8))
         for _ in range(2):
             with pytest.raises(OSError, match="sample 10 cannot be read"):

@@ -11,12 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from data_tools.indexed_writer import IndexedWriter
 from data_tools.manifest import hash_file
 from taid_megatron import cli
 from taid_megatron.checkpointing import manifest
+from taid_megatron.config.engine import EngineAbilities
 from taid_megatron.config.load import load
 from taid_megatron.planning import doctor, stack
 from taid_megatron.planning.network import Network
@@ -76,6 +78,31 @@ def test_cut_data_fails(run, tmp_path) -> None:
     whole = (tmp_path / "train.bin").read_bytes()
     (tmp_path / "train.bin").write_bytes(whole[:-2])
     assert examined(run, tmp_path)[f"data {tmp_path / 'train'}"].state == "FAIL"
+
+
+def test_a_damaged_manifest_fails(run, tmp_path) -> None:
+    (tmp_path / "train.manifest.json").write_text("{")
+    found = examined(run, tmp_path)[f"data {tmp_path / 'train'}"]
+    assert found.state == "FAIL"
+    assert "train.manifest.json" in found.found
+
+
+@pytest.mark.parametrize(("capability", "fp8"), [((8, 0), "not on these GPUs"), ((9, 0), "yes")])
+def test_gpus_are_told_with_what_they_can(monkeypatch, capability, fp8) -> None:
+    """On made-up ones: a row says whether the oldest of them multiplies in FP8."""
+    machine = EngineAbilities(
+        has_cuda=True,
+        has_transformer_engine=False,
+        has_apex=False,
+        gpu_count=2,
+        compute_capability=capability,
+    )
+    monkeypatch.setattr(doctor, "_abilities", lambda: machine)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "H100")
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    found = {finding.what: finding for finding in doctor._gpus(None)}
+    assert found["GPUs"].found == "2 x H100"
+    assert found["FP8"].found == fp8
 
 
 def test_a_teacher_without_a_checkpoint_fails(run, tmp_path) -> None:

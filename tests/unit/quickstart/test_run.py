@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
 from taid_megatron import cli
+from taid_megatron.quickstart.run import _timed
 
 
 def _refusal(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -30,3 +32,14 @@ def test_a_disk_with_little_room(tmp_path: Path, capsys, monkeypatch) -> None:
     said = _refusal(tmp_path / "run", capsys)
     assert "7 MiB are free there, 500 are needed; make room, or give --folder another" in said
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_time_is_counted_over_all_calls(tmp_path: Path, monkeypatch) -> None:
+    """A call that finds all done would else tell of no second, and one after a break of some."""
+    clock = iter((100.0, 107.0, 200.0, 202.0, 203.0))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    with pytest.raises(KeyboardInterrupt), _timed(tmp_path):
+        raise KeyboardInterrupt
+    with _timed(tmp_path) as seconds:
+        assert seconds() == 9.0
+    assert (tmp_path / "seconds.json").read_text() == "10.0\n"
