@@ -303,7 +303,10 @@ def _teacher(config: Config, of_data: dict[str, Path]) -> Iterator[Finding]:
         vocabulary, tokenizer = state["architecture"]["vocab_size"], state.get("tokenizer")
     except (UserError, OSError, ValueError, KeyError) as error:
         mend = "name a step_* folder, or a run folder that has one"
-        yield Finding("teacher", "FAIL", f"{teacher.checkpoint}: {error}", mend)
+        found = str(error).removesuffix(f"; {mend}")
+        if not isinstance(error, UserError):  # which names the folder itself
+            found = f"{teacher.checkpoint}: {found}"
+        yield Finding("teacher", "FAIL", found, mend)
         return
     yield Finding("teacher", "ok", f"{checkpoint.path}, {vocabulary} token ids")
     if tokenizer is not None and of_data and tokenizer not in of_data:

@@ -92,10 +92,11 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
 def examine() -> Network | None:
     """Join torchrun's ranks, measure, leave; None where there is but one rank."""
     from taid_megatron.config.schema import Parallel
-    from taid_megatron.runtime import distributed
+    from taid_megatron.runtime import distributed, log
 
     if distributed.world_size_from_environment() < 2:
         return None
+    log.quiet_megatron()
     world = distributed.start(Parallel(), seed=0)
     try:
         return measure(world.device)

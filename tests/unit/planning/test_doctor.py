@@ -110,6 +110,7 @@ def test_a_teacher_without_a_checkpoint_fails(run, tmp_path) -> None:
     run["teacher"] = {"checkpoint": str(tmp_path / "teacher")}
     teacher = examined(run, tmp_path)["teacher"]
     assert teacher.state == "FAIL"
+    assert teacher.found == f"{tmp_path / 'teacher'}: no checkpoint there"
     assert "step_*" in teacher.mend
 
 
