@@ -75,6 +75,12 @@ on_first_node() {
 }
 taid_megatron() { on_first_node "$PYTHON" -m taid_megatron "$@"; }
 
+# on_all_nodes COMMAND...: once on each.
+on_all_nodes() {
+    srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 \
+        "${container_flags[@]}" "${inside[@]}" "$@"
+}
+
 # on_all_ranks COMMAND [ARGUMENTS]: a taid-megatron command on every GPU, one log per node.
 #
 # One task per node: torchrun starts its ranks. A node that ends does not end the others at once
@@ -117,7 +123,10 @@ if scontrol show config 2>/dev/null | grep 'ProctrackType .*proctrack/linuxproc'
 fi
 # Also refuses a bad configuration, before hours of queueing become a crash on every node.
 # The last line: images of vendors greet on stdout.
-run="$(on_first_node "$PYTHON" -m taid_megatron.config.value "$@" -- run.folder | tail -n 1)" || exit $?
+values=("$PYTHON" -m taid_megatron.config.value "$@" -- run.folder)
+run="$(on_first_node "${values[@]}" | tail -n 1)" || exit $?
+# A node that cannot read it would refuse it alone, and the others wait for that node.
+[ "$nodes" = 1 ] || on_all_nodes "${values[@]}" >/dev/null || exit $?
 [ -z "${EXPORT_TO:-}" ] || has_command export ||
     die "EXPORT_TO=$EXPORT_TO: this version has no 'taid-megatron export'; submit without it"
 [ "${EVALUATE:-no}" = no ] || has_command evaluate ||

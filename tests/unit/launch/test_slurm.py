@@ -236,7 +236,7 @@ def test_in_a_container_by_apptainer(stand_ins: StandIns) -> None:
     code, said = submit(stand_ins, **container)
     assert code == 0, said
     calls = stand_ins.calls("apptainer")
-    assert len(calls) == 3  # the configuration, then a task on each node
+    assert len(calls) == 5  # the configuration on the first node and on each, then the run on each
     here = stand_ins.folder
     for call in calls:
         assert call[:7] == [
@@ -262,6 +262,14 @@ def test_refused_before_the_ranks(
     code, text = submit(stand_ins, *arguments, **environment)
     assert code == 2
     assert said in text
+    assert ranks(stand_ins) == []
+
+
+def test_a_node_that_cannot_read_the_configuration(stand_ins: StandIns) -> None:
+    """The others would wait for it, and Slurm would end them with a code of its own."""
+    code, text = submit(stand_ins, BLIND_NODE="1")
+    assert code == 2
+    assert "run.yaml: no such file" in text
     assert ranks(stand_ins) == []
 
 
