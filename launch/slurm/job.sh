@@ -38,6 +38,7 @@ max_requeues="${MAX_REQUEUES:-20}"
 logs="${LOGS:-$PWD/logs}"
 runtime="${CONTAINER_RUNTIME:-none}"
 image="${CONTAINER_IMAGE:-}"
+tokenizer=(${TOKENIZER:+--tokenizer "$TOKENIZER"})
 mounts="$root:$root,$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
 
 # srun takes no --cpus-per-task from sbatch: each node's ranks would share one core.
@@ -161,10 +162,10 @@ if [ "$code" != 0 ]; then
 fi
 if [ -n "${EXPORT_TO:-}" ]; then
     say "export to $EXPORT_TO"
-    taid_megatron export "$run" --out "$EXPORT_TO"
+    taid_megatron export "$run" --out "$EXPORT_TO" "${tokenizer[@]}"
 fi
 if [ "${EVALUATE:-no}" != no ]; then
     say "evaluate"
-    on_all_ranks evaluate "$run"
+    on_all_ranks evaluate "$run" --out "$run/evaluation" "${tokenizer[@]}"
 fi
 say "done"

@@ -191,14 +191,18 @@ def test_a_slurm_that_signals_every_process_is_warned_about(stand_ins: StandIns)
 
 def test_doctor_before_export_and_evaluate_after(stand_ins: StandIns) -> None:
     settings = {"DOCTOR": "yes", "EXPORT_TO": "exported", "EVALUATE": "yes"}
+    settings |= {"TOKENIZER": "my tokenizer.json"}
     code, said = submit(stand_ins, "run.yaml", "run.seed=7", **settings)
     assert code == 0, said
     assert steps(stand_ins) == ["doctor", "train", "export", "evaluate"]
     [words] = [call["words"] for [call] in stand_ins.calls("command") if "--out" in call["words"]]
-    assert words == ["export", "run", "--out", "exported"]
+    given = ["--tokenizer", "my tokenizer.json"]
+    assert words == ["export", "run", "--out", "exported", *given]
     doctor, _, evaluate = [call["words"] for [call] in ranks(stand_ins)][::2]
     assert doctor[-4:] == ["doctor", "run.yaml", "run.seed=7", "--network"]
-    assert evaluate[-2:] == ["evaluate", "run"]
+    assert evaluate[evaluate.index("evaluate") :] == [
+        *("evaluate", "run", "--out", "run/evaluation", *given)
+    ]
 
 
 def test_what_doctor_finds_stops_the_job(stand_ins: StandIns) -> None:
