@@ -18,9 +18,9 @@
 # PYTHON picks the interpreter (default: .venv of the project, else python3).
 #
 # SIGTERM, SIGUSR1, SIGINT and SIGHUP go on to the ranks.
-# Exit code: of `train` the one in RUN/run_status.json, where this run wrote it (torchrun itself
-# knows 0 and 1 only); else torchrun's. 2: something to mend, and nothing was started. 75, too, where
-# a signal came before the ranks were started.
+# Exit code: 2 where a rank refused something that you can mend (its line comes last); else of
+# `train` the one in RUN/run_status.json, where this run wrote it (torchrun itself knows 0 and 1
+# only); else torchrun's. 75, too, where a signal came before the ranks were started.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -119,6 +119,16 @@ if [ "$1" = train ]; then
     status="$status/run_status.json"
 fi
 
+# torchrun would fail to listen there, or join whatever does, and end with 1.
+if [ -n "$endpoint" ] && [ "$node_rank" = 0 ]; then
+    "$python" -c 'import socket, sys; socket.create_server(("", int(sys.argv[1]))).close()' \
+        "${endpoint##*:}" 2>/dev/null || {
+        end_if_signalled
+        die "--rdzv-endpoint '$endpoint': this node, number 0, cannot listen on that port; name a" \
+            "free one from 1024 to 65535 (RDZV_PORT in a batch job)"
+    }
+fi
+
 # --- Environment of the ranks. What is set already stays.
 
 # With one hardware queue, kernels run in the order of their launch. Megatron relies on it to overlap
@@ -181,6 +191,11 @@ code = json.load(open(sys.argv[1])).get("exit_code")
 print(code if isinstance(code, int) else "")' "$status" || say "$status cannot be read"
 }
 
+# Ranks that refuse what you can mend add their line to this file: torchrun hides their exit codes.
+folder="$(mktemp -d)"
+trap 'rm -rf "$folder"' EXIT
+export TAID_REFUSALS="$folder/refusals"
+
 before="$([ -z "$status" ] || written)"
 end_if_signalled
 code=0
@@ -188,4 +203,5 @@ forwarding "${start[@]}" -m torch.distributed.run "${options[@]}" -m taid_megatr
 written_code="$(status_code)"
 # A run is done where both say so: a rank may die after the status was written.
 if [ "${written_code:-0}" != 0 ]; then code="$written_code"; fi
+if [ "$code" != 0 ] && [ -s "$TAID_REFUSALS" ]; then die "$(head -n 1 "$TAID_REFUSALS")"; fi
 exit "$code"

@@ -22,6 +22,7 @@ from taid_megatron.config.errors import UserError
 from taid_megatron.config.schema import HFFamily
 from taid_megatron.config.secrets import hidden
 from taid_megatron.manual import OVERVIEW, examples
+from taid_megatron.runtime.refusal import tell_launcher
 
 app = typer.Typer(
     help="Pre-training distillation: teacher and student in one Megatron pipeline.",
@@ -325,7 +326,10 @@ def doctor(
         from taid_megatron.planning.show import show_findings
 
         show_findings(findings)
-    return 0 if examination.passed(findings) else 2
+    if examination.passed(findings):
+        return 0
+    tell_launcher(examination.summary(findings))
+    return 2
 
 
 def _print_version(asked: bool) -> None:
@@ -386,6 +390,8 @@ def _is_mendable(error: Exception) -> bool:
 
 def _refuse(message: str) -> int:
     # All ranks of a run find the same fault: the first one says it, all of them end.
+    line = hidden(" ".join(message.splitlines()))
     if os.environ.get("RANK", "0") == "0":
-        print(f"taid-megatron: {hidden(' '.join(message.splitlines()))}", file=sys.stderr)
+        print(f"taid-megatron: {line}", file=sys.stderr)
+    tell_launcher(line)
     return 2

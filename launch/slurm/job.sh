@@ -38,6 +38,7 @@ max_requeues="${MAX_REQUEUES:-20}"
 logs="${LOGS:-$PWD/logs}"
 runtime="${CONTAINER_RUNTIME:-none}"
 image="${CONTAINER_IMAGE:-}"
+tokenizer=(${TOKENIZER:+--tokenizer "$TOKENIZER"})
 mounts="$root:$root,$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
 
 # srun takes no --cpus-per-task from sbatch: each node's ranks would share one core.
@@ -74,6 +75,12 @@ on_first_node() {
     srun --nodes=1 --ntasks=1 "--nodelist=$first" "${container_flags[@]}" "${inside[@]}" "$@"
 }
 taid_megatron() { on_first_node "$PYTHON" -m taid_megatron "$@"; }
+
+# on_all_nodes COMMAND...: once on each.
+on_all_nodes() {
+    srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 \
+        "${container_flags[@]}" "${inside[@]}" "$@"
+}
 
 # on_all_ranks COMMAND [ARGUMENTS]: a taid-megatron command on every GPU, one log per node.
 #
@@ -117,7 +124,10 @@ if scontrol show config 2>/dev/null | grep 'ProctrackType .*proctrack/linuxproc'
 fi
 # Also refuses a bad configuration, before hours of queueing become a crash on every node.
 # The last line: images of vendors greet on stdout.
-run="$(on_first_node "$PYTHON" -m taid_megatron.config.value "$@" -- run.folder | tail -n 1)" || exit $?
+values=("$PYTHON" -m taid_megatron.config.value "$@" -- run.folder)
+run="$(on_first_node "${values[@]}" | tail -n 1)" || exit $?
+# A node that cannot read it would refuse it alone, and the others wait for that node.
+[ "$nodes" = 1 ] || on_all_nodes "${values[@]}" >/dev/null || exit $?
 [ -z "${EXPORT_TO:-}" ] || has_command export ||
     die "EXPORT_TO=$EXPORT_TO: this version has no 'taid-megatron export'; submit without it"
 [ "${EVALUATE:-no}" = no ] || has_command evaluate ||
@@ -152,10 +162,10 @@ if [ "$code" != 0 ]; then
 fi
 if [ -n "${EXPORT_TO:-}" ]; then
     say "export to $EXPORT_TO"
-    taid_megatron export "$run" --out "$EXPORT_TO"
+    taid_megatron export "$run" --out "$EXPORT_TO" "${tokenizer[@]}"
 fi
 if [ "${EVALUATE:-no}" != no ]; then
     say "evaluate"
-    on_all_ranks evaluate "$run"
+    on_all_ranks evaluate "$run" --out "$run/evaluation" "${tokenizer[@]}"
 fi
 say "done"

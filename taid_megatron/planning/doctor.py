@@ -85,6 +85,12 @@ def passed(findings: list[Finding]) -> bool:
     return all(finding.state != "FAIL" for finding in findings)
 
 
+def summary(findings: list[Finding]) -> str:
+    """What failed, in a line: of a rank whose table nobody sees."""
+    failed = [finding for finding in findings if finding.state == "FAIL"]
+    return "doctor: " + " | ".join(f"{one.what}: {one.found}; {one.mend}" for one in failed)
+
+
 def _python() -> Iterator[Finding]:
     version = platform.python_version()
     if Version(version) in SpecifierSet(">=3.10,<3.14", prereleases=True):

@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from torch.utils.data import Dataset
 
 from taid_megatron.config.batches import global_batch_size_at
-from taid_megatron.config.checks import check
+from taid_megatron.config.checks import EngineAbilities, check
 from taid_megatron.config.load import dump
 from taid_megatron.config.schema import Config
 from taid_megatron.data import dali_reader
@@ -24,6 +24,7 @@ from taid_megatron.data.loader import DistributedBatches
 from taid_megatron.runtime import distributed
 from taid_megatron.runtime.distributed import World, any_of, on_first_rank
 from taid_megatron.runtime.log import get_logger, say
+from taid_megatron.runtime.refusal import agreed
 from taid_megatron.training import checkpoints
 from taid_megatron.training.checkpoints import resume as _resume
 from taid_megatron.training.checkpoints import save as _save
@@ -54,16 +55,7 @@ def run(config: Config) -> int:
     To be called on every rank. Returns the exit code. Raises UserError for what the user can mend,
     before anything is built.
     """
-    abilities = distributed.abilities()
-    check(
-        config,
-        distributed.world_size_from_environment(),
-        teacher_architecture=teacher_architecture(config),
-        engine=abilities,
-    )
-    check_tokenizer(config)
-    if config.data.reader == "dali":
-        dali_reader.require()
+    abilities = agreed(lambda: _examined(config), _collectives_minutes(config))
     with Signals() as signals:
         world = distributed.start(config.parallel, config.run.seed, _collectives_minutes(config))
         try:
@@ -78,6 +70,21 @@ def run(config: Config) -> int:
                 return code
         finally:
             distributed.stop(world)
+
+
+def _examined(config: Config) -> EngineAbilities:
+    """What this machine offers. Raises UserError where the run cannot be had on it."""
+    abilities = distributed.abilities()
+    check(
+        config,
+        distributed.world_size_from_environment(),
+        teacher_architecture=teacher_architecture(config),
+        engine=abilities,
+    )
+    check_tokenizer(config)
+    if config.data.reader == "dali":
+        dali_reader.require()
+    return abilities
 
 
 def _collectives_minutes(config: Config) -> float:

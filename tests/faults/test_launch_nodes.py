@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -153,3 +155,47 @@ def test_a_warned_job_and_one_that_lost_a_node_end_with_the_losses_of_a_straight
     straight = toy.train(folder / "toy.yaml", folder / "straight", 2, *length)
     for figure in ("step", "loss", "t", "grad_norm"):
         assert toy.column(records(folder), figure) == toy.column(straight, figure), figure
+
+
+def test_what_one_node_lacks_ends_both_with_its_line_and_code_2(tmp_path: Path) -> None:
+    """Two nodes started by hand; the second has no DALI. A status of an older run lies there."""
+    config = toy.write_config(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run_status.json").write_text('{"exit_code": 75}')
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    nodes = []
+    for number, text in enumerate(("", "raise ImportError('no DALI here')")):
+        plugin = tmp_path / f"node{number}/nvidia/dali/plugin"
+        plugin.mkdir(parents=True)
+        (plugin / "pytorch.py").write_text(text)
+        call = (
+            *("bash", str(ROOT / "launch/torchrun.sh"), "--nnodes", "2", "--nproc-per-node", "1"),
+            *("--rdzv-endpoint", endpoint, "--node-rank", str(number)),
+            *("train", str(config), "data.reader=dali"),
+        )
+        settings = {name: JOB[name] for name in ("PYTHON", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")}
+        path = f"{tmp_path / f'node{number}'}:{ROOT}"
+        nodes.append(
+            subprocess.Popen(
+                call,
+                env={**os.environ, **settings, "PYTHONPATH": path},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+    try:
+        said = [node.communicate(timeout=120)[0].splitlines() for node in nodes]
+    finally:
+        for node in nodes:
+            end(processes(node.pid))
+    line = "data.reader=dali needs NVIDIA DALI, which cannot be imported (no DALI here)"
+    assert [node.returncode for node in nodes] == [2, 2], said
+    # which node has which ranks is torchrun's to say
+    assert re.match(
+        rf"torchrun.sh: rank \d on {socket.gethostname()}: {re.escape(line)}", said[0][-1]
+    )
+    assert said[1][-1].startswith(f"torchrun.sh: {line}")
+    assert not (tmp_path / "run/config.yaml").exists()

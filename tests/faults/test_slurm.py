@@ -13,16 +13,21 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
+from ..distributed import toy
 from ..unit.launch.conftest import CONFIG as RUN
 from ..unit.launch.stand_ins import ROOT, StandIns
 
@@ -117,10 +122,29 @@ class Slurm:
         """Such as PENDING, RUNNING, COMPLETED."""
         return self.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
 
+    def restarts(self, job: str) -> int:
+        """How often Slurm has started it again."""
+        shown = re.search(r"Restarts=(\d+) ", self.run("scontrol", "show", "job", job))
+        return int(shown[1]) if shown else 0
+
+    def submit(self, folder: Path, *config: str, **settings: str) -> str:
+        """generic.sbatch on both nodes, from that folder; the job's id."""
+        line = ("sbatch", f"--chdir={folder}", "--nodes=2", "--gpus-per-node=1", "--time=60")
+        script = str(ROOT / "launch/slurm/generic.sbatch")
+        job = self.run(*line, script, *config, **settings).rpartition(" ")[2]
+        assert job.isdigit(), job
+        return job
+
     def said(self) -> str:
         """The end of the daemons' logs."""
         logs = [path.read_text()[-2000:] for path in sorted(self.folder.glob("*.log"))]
         return "\n".join(logs)
+
+
+def job_logs(folder: Path) -> str:
+    """What the batch script and the nodes of its jobs said."""
+    paths = [*folder.glob("taid-*.log"), *folder.glob("logs/*.log")]
+    return "\n".join(path.read_text() for path in paths)
 
 
 def free_ports(count: int) -> list[int]:
@@ -163,15 +187,8 @@ def test_signals_requeues_and_a_lost_node(slurm: Slurm, tmp_path: Path) -> None:
         NPROC_PER_NODE="1",
     )
 
-    def submit() -> str:
-        line = ("sbatch", f"--chdir={tmp_path}", "--nodes=2", "--gpus-per-node=1", "--time=60")
-        script = str(ROOT / "launch/slurm/generic.sbatch")
-        job = slurm.run(*line, script, "run.yaml", **settings).rpartition(" ")[2]
-        assert job.isdigit(), job
-        return job
-
     def said() -> str:
-        return "\n".join(path.read_text() for path in tmp_path.glob("taid-*.log")) + slurm.said()
+        return job_logs(tmp_path) + slurm.said()
 
     def until(met: Callable[[], bool]) -> None:
         wait_until(met, said, 180)
@@ -181,9 +198,9 @@ def test_signals_requeues_and_a_lost_node(slurm: Slurm, tmp_path: Path) -> None:
         time.sleep(0.5)  # from their note to their pause
 
     def restarted(times: int) -> bool:
-        return f"Restarts={times} " in slurm.run("scontrol", "show", "job", job)
+        return slurm.restarts(job) == times
 
-    job = submit()
+    job = slurm.submit(tmp_path, "run.yaml", **settings)
     ranks_wait(1)
     slurm.run("scancel", "--signal=USR1", "--batch", job)  # what --signal=B:USR1 does in time
     until(lambda: restarted(1))
@@ -205,10 +222,60 @@ def test_signals_requeues_and_a_lost_node(slurm: Slurm, tmp_path: Path) -> None:
     # %N is the host's name, which both nodes share
     assert [path.name for path in (tmp_path / "logs").iterdir()] == [f"{job}-{HOST}.log"]
 
-    job = submit()
+    job = slurm.submit(tmp_path, "run.yaml", **settings)
     ranks_wait(4)
     before += 2
     slurm.run("scancel", job)
     until(lambda: slurm.state(job) == "CANCELLED")
     until(lambda: "Slurm is ending the job" in (tmp_path / f"taid-{job}.log").read_text())
     assert stand_ins.calls("signals")[before:] == 2 * [[["SIGTERM"]]]
+
+
+def test_a_run_is_warned_requeued_and_ends_with_the_losses_of_a_straight_run(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    """Everything is real: doctor, two ranks on two nodes over gloo, export, evaluation."""
+    config = toy.write_config(tmp_path)
+    length = ("training.steps=30", "optimizer.warmup_steps=1")
+    ids = {f"w{number}": number for number in range(toy.VOCABULARY)}
+    Tokenizer(WordLevel(ids, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
+    clean = {name: "" for name in os.environ if name.startswith(("OMP_", "CUDA_"))}
+    settings = clean | {
+        **{"TAID_ROOT": str(ROOT), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
+        **{"NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        **{"EXPORT_TO": "exported", "EVALUATE": "yes", "TOKENIZER": "tokenizer.json"},
+    }
+
+    def said() -> str:
+        return job_logs(tmp_path) + slurm.said()
+
+    job = slurm.submit(tmp_path, "toy.yaml", *length, "checkpoint.every=2", **settings)
+    saved = tmp_path / "run/checkpoints"
+    wait_until(lambda: any(saved.glob("step_*/state.json")), said, 300)
+    slurm.run("scancel", "--signal=USR1", "--batch", job)  # what --signal=B:USR1 does in time
+    wait_until(lambda: slurm.restarts(job) == 1, said, 120)
+    stopped = json.loads((tmp_path / "run/run_status.json").read_text())
+    assert (stopped["exit_code"], stopped["signal"]) == (75, "SIGUSR1")
+    assert stopped["step"] < 30
+    wait_until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), said, 300)
+    assert slurm.state(job) == "COMPLETED", said()
+
+    log = (tmp_path / f"taid-{job}.log").read_text()
+    said_by_job = [line[8:] for line in log.splitlines() if line.startswith("job.sh: ")]
+    assert [line for line in said_by_job if not line.startswith(f"job {job},")] == [
+        *("doctor --network", "train"),
+        "stopped with a checkpoint: requeueing, restart 1 of at most 20",
+        *("doctor --network", "train", "export to exported", "evaluate", "done"),
+    ]
+    nodes = job_logs(tmp_path)
+    assert "all-reduce of 16 MiB" in nodes  # the doctor's, between the nodes
+    assert nodes.count("resuming") == 1
+    assert (tmp_path / "exported/model.safetensors").is_file()
+    figures = json.loads((tmp_path / "run/evaluation/evaluation.json").read_text())
+    assert figures["held_out"]["perplexity"] > 1
+
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "resumed_from" not in record]
+    straight = toy.train(config, tmp_path / "straight", 2, *length)
+    for figure in ("step", "loss", "t", "grad_norm"):
+        assert toy.column(records, figure) == toy.column(straight, figure), figure

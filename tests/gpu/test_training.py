@@ -1,7 +1,12 @@
 """Runs on a CUDA device: against other precisions, layers, layouts, and against the CPU.
 
-Run where there is a device: `python -m pytest -m gpu tests/gpu/test_training.py -rA`. Transformer
-Engine has to be there: without it the tests that ask for it fail with the command's own line.
+Run where there is a device, one is enough; the second line keeps the figures:
+
+    python -m pytest -m gpu tests/gpu/test_training.py -rA
+    TAID_GPU_FIGURES=figures.json python -m pytest -m gpu tests/gpu -rA
+
+Transformer Engine has to be there: without it the tests that ask for it fail with the command's own
+line. docs/cluster.md says which figures come out.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from tests.distributed import toy
 from tests.e2e.test_quickstart import CODE
 
 from . import runs
+from .measure import PARTS
 from .runs import BF16, ENGINE, LOCAL, losses, steps
 
 pytestmark = [
@@ -39,15 +45,28 @@ def bf16_run(config, tmp_path_factory) -> list[float]:
     return losses(runs.train(config, folder, BF16, ENGINE, steps(50)))
 
 
-def assert_close(found: list[float], expected: list[float], share: float) -> None:
-    """Loss by loss, and on the mean of the last ten more tightly."""
+def assert_close(found: list[float], expected: list[float], share: float) -> dict[str, float]:
+    """Loss by loss, and on the mean of the last ten more tightly; what to put on record.
+
+    bf16 rounds a weight by up to 0.4%, and from then on two runs see other losses: a single step's
+    may be off by some times that, the mean of ten hardly is.
+    """
     assert len(found) == len(expected) > 0
+    worst = max(abs(one - other) / other for one, other in zip(found, expected, strict=True))
+    last = sum(found[-10:]) / sum(expected[-10:]) - 1
+    print(f"largest relative difference {worst:.2e}, of the last ten together {last:+.2e}")
     assert found == pytest.approx(expected, rel=5 * share, abs=5e-3)
-    assert sum(found[-10:]) == pytest.approx(sum(expected[-10:]), rel=share)
+    assert abs(last) <= share
+    return {"largest_difference": worst, "last_ten": last, "steps": len(found)}
 
 
 def test_the_quick_start(tmp_path) -> None:
-    done = subprocess.run([sys.executable, "-c", CODE, str(tmp_path / "quickstart")], check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(tmp_path / "quickstart")],
+        env=runs.surroundings(),
+        cwd=runs.ROOT,
+        check=False,
+    )
     assert done.returncode == 0
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
     assert all(0 < found["kl"]["mean"] < 8 for found in summary["students"].values())
@@ -61,29 +80,50 @@ def test_fp32_on_the_device_is_fp32_on_the_cpu(config, tmp_path) -> None:
         assert values == pytest.approx(expected, rel=1e-3, abs=1e-5), figure
 
 
-def test_bf16_follows_fp32(config, tmp_path, bf16_run) -> None:
+def test_bf16_follows_fp32(config, tmp_path, bf16_run, figures) -> None:
     fp32 = runs.train(config, tmp_path / "run", "training.precision=fp32", steps(50))
-    assert_close(bf16_run, losses(fp32), 0.01)
+    figures |= assert_close(bf16_run, losses(fp32), 0.01)
 
 
 @pytest.mark.parametrize("documents", [(), ("data.reset_attention_mask=true",)])
-def test_transformer_engine_s_layers_follow_the_local_ones(config, tmp_path, documents) -> None:
+def test_transformer_engine_s_layers_follow_the_local_ones(
+    config, tmp_path, documents, figures
+) -> None:
     engine = runs.train(config, tmp_path / "te", BF16, ENGINE, steps(50), *documents)
     local = runs.train(config, tmp_path / "local", BF16, LOCAL, steps(50), *documents)
-    assert_close(losses(engine), losses(local), 0.01)
+    figures |= assert_close(losses(engine), losses(local), 0.01)
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
-def test_fp8_follows_bf16_or_is_refused_in_a_line(config, tmp_path, bf16_run, recipe) -> None:
+# From which card on, below which, and from which CUDA; its source is in config/engine.py.
+CARDS = {
+    "delayed": ((8, 9), (99, 0), (0, 0)),
+    "tensorwise": ((8, 9), (99, 0), (0, 0)),
+    "blockwise": ((9, 0), (99, 0), (12, 9)),
+    "mxfp8": ((10, 0), (12, 0), (0, 0)),
+}
+
+
+def card_has(recipe: str) -> bool:
+    least, below, cuda = CARDS[recipe]
+    built = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    return least <= torch.cuda.get_device_capability() < below and built >= cuda
+
+
+@pytest.mark.parametrize("recipe", CARDS)
+def test_fp8_follows_bf16_or_is_refused_in_a_line(
+    config, tmp_path, bf16_run, recipe, figures
+) -> None:
     asked = [ENGINE, f"engine.fp8={recipe}"]
     if recipe != "delayed":
         asked.append(f"engine.teacher_fp8={recipe}")
     done = runs.start(config, tmp_path / "run", BF16, steps(50), *asked)
-    if done.returncode == 2:  # another card, or an older CUDA
+    if not card_has(recipe):
+        assert done.returncode == 2, done.stdout + done.stderr
         assert f"engine.fp8={recipe} needs" in done.stderr
+        figures["refused"] = done.stderr.strip()
         return
     assert done.returncode == 0, done.stdout + done.stderr
-    assert_close(losses(runs.records(tmp_path / "run")), bf16_run, 0.01)
+    figures |= assert_close(losses(runs.records(tmp_path / "run")), bf16_run, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +146,7 @@ def test_two_ranks_on_the_device_do_what_one_does(config, tmp_path, layout) -> N
 @pytest.mark.parametrize("layers", [LOCAL, ENGINE])
 @pytest.mark.parametrize("first_on_cpu", [False, True])
 def test_a_checkpoint_moves_between_the_device_and_the_cpu(
-    config, tmp_path, layers, first_on_cpu
+    config, tmp_path, layers, first_on_cpu, figures
 ) -> None:
     """Saved on one after 10 of 20 steps, gone on from on the other."""
     whole, moved = tmp_path / "whole", tmp_path / "moved"
@@ -118,17 +158,9 @@ def test_a_checkpoint_moves_between_the_device_and_the_cpu(
         runs.train(config, moved, *(on_cpu if cpu else on_device), *more, on_cpu=cpu)
     found = losses(runs.records(moved))
     assert len(found) == 20
-    assert_close(found, losses(expected), 0.01)
+    figures |= assert_close(found, losses(expected), 0.01)
 
 
-MEASURED = """
-import json, sys, torch
-from taid_megatron.config.load import load
-from taid_megatron.training import loop
-code = loop.run(load(sys.argv[1], sys.argv[2:]))
-print(json.dumps({"peak": torch.cuda.max_memory_allocated(), "card": torch.cuda.get_device_name()}))
-sys.exit(code)
-"""
 # Some 200 and 600 million parameters.
 LARGE = {
     "student": {"num_layers": 12, "hidden_size": 1024, "num_attention_heads": 16},
@@ -136,35 +168,34 @@ LARGE = {
 }
 
 
-def test_memory_and_time_against_the_plan(config, tmp_path, record_property) -> None:
-    """The peak is not above what the plan says; the figures are printed (pytest -rA)."""
+@pytest.mark.parametrize("fp8", ["none", "tensorwise"])
+def test_time_and_memory_by_part_against_the_plan(config, tmp_path, fp8, figures) -> None:
+    """What stays allocated is what the plan counts, and the peak is not above it.
+
+    With FP8 the figures alone: the plan counts neither its time nor the copies of weights it keeps.
+    """
     tree = yaml.safe_load(config.read_text())
     for model, shape in LARGE.items():
         tree[model]["architecture"] = {**shape, "vocab_size": 32000}
     tree["training"] |= {"seq_length": 2048, "micro_batch_size": 2, "precision": "bf16"}
     large = tmp_path / "large.yaml"
     large.write_text(yaml.safe_dump(tree))
-    overrides = (f"run.folder={tmp_path / 'run'}", steps(12))
+    settings = (f"run.folder={tmp_path / 'run'}", ENGINE, f"engine.fp8={fp8}", steps(15))
     run = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(large), *overrides],
+        [sys.executable, "-m", "tests.gpu.measure", "this", str(large), *settings],
+        env=runs.surroundings(),
+        cwd=runs.ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    measured = json.loads(run.stdout.splitlines()[-1])
-    plan = subprocess.run(
-        [
-            *(sys.executable, "-m", "taid_megatron", "plan", str(large), "--gpus", "1"),
-            *("--gpu", "h100", "--json", *overrides),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    planned = json.loads(plan.stdout)
-    seconds = toy.column(runs.records(tmp_path / "run"), "step_seconds")
-    step = sorted(seconds[2:])[len(seconds[2:]) // 2]
-    print(f"{measured['card']}: {step:.3f} s a step; peak {measured['peak'] / 2**30:.2f} GiB")
-    print(f"plan for an H100: {planned['time']}; {planned['memory'][0]}")
-    assert measured["peak"] <= 1.1 * planned["memory"][0]["total"]
+    figures |= json.loads(run.stdout.splitlines()[-1])
+    assert figures["mfu"]["measured"] > 0
+    if fp8 != "none":
+        return
+    for part in PARTS:
+        sizes = figures["bytes"][part]
+        # the allocator's and Megatron's buffers are rounded up
+        assert sizes["measured"] == pytest.approx(sizes["planned"], rel=0.02), part
+    assert figures["bytes"]["peak"]["measured"] <= 1.1 * figures["bytes"]["peak"]["planned"]

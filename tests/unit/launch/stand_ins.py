@@ -1,7 +1,7 @@
 """Programs that stand in for srun, scontrol, apptainer and torchrun, and note how they were called.
 
 srun knows the options that the scripts use and refuses others, as the real one would; its nodes are
-processes of this machine.
+processes of this machine. BLIND_NODE: the number of one that does not see the submitter's folder.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ for node in range(asked.ntasks):
         out = open(asked.output.replace("%N", f"node{node}"), "a")
     tasks.append(subprocess.Popen(
         asked.command, stdout=out, stderr=out, start_new_session=True,
+        cwd="/" if os.environ.get("BLIND_NODE") == str(node) else None,
         env={**os.environ, "SLURM_NODEID": str(node)},
     ))
 codes = [task.wait() for task in tasks]
@@ -76,8 +77,8 @@ sys.exit(subprocess.run(sys.argv[8:]).returncode)
 """
 
 # Real for the configuration; `-m torch.distributed.run` and the other commands are noted, and end
-# as PLAN says, a JSON object per command: {"code", "status" (written to STATUS_FILE), "wait" (for a
-# signal)}.
+# as PLAN says, a JSON object per command: {"code", "status" (written to STATUS_FILE), "refusals"
+# (of its ranks), "wait" (for a signal)}.
 PYTHON = r"""
 import json, os, signal, subprocess, sys, zlib
 words = sys.argv[1:]
@@ -91,7 +92,8 @@ if words[0] == "-c" or words[1] == "taid_megatron.config.value":
     if words[0] == "-c":
         os.execv(sys.executable, [sys.executable, *words])
     # a third of a second each: once per configuration is enough
-    known = os.path.join(os.environ["ANSWERS"], str(zlib.crc32(repr(words).encode())))
+    asked = repr([os.path.exists(words[2]), *words])
+    known = os.path.join(os.environ["ANSWERS"], str(zlib.crc32(asked.encode())))
     if not os.path.exists(known):
         done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE)
         if done.returncode:
@@ -124,6 +126,9 @@ if by_torchrun and plan.get("wait"):
 if by_torchrun and "status" in plan:
     with open(os.environ["STATUS_FILE"], "w") as status:
         json.dump(plan["status"], status)
+if by_torchrun and "refusals" in plan:
+    with open(os.environ["TAID_REFUSALS"], "a") as refusals:
+        refusals.write("".join(line + "\n" for line in plan["refusals"]))
 sys.exit(plan.get("code", 0))
 """
 

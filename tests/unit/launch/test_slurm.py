@@ -191,14 +191,18 @@ def test_a_slurm_that_signals_every_process_is_warned_about(stand_ins: StandIns)
 
 def test_doctor_before_export_and_evaluate_after(stand_ins: StandIns) -> None:
     settings = {"DOCTOR": "yes", "EXPORT_TO": "exported", "EVALUATE": "yes"}
+    settings |= {"TOKENIZER": "my tokenizer.json"}
     code, said = submit(stand_ins, "run.yaml", "run.seed=7", **settings)
     assert code == 0, said
     assert steps(stand_ins) == ["doctor", "train", "export", "evaluate"]
     [words] = [call["words"] for [call] in stand_ins.calls("command") if "--out" in call["words"]]
-    assert words == ["export", "run", "--out", "exported"]
+    given = ["--tokenizer", "my tokenizer.json"]
+    assert words == ["export", "run", "--out", "exported", *given]
     doctor, _, evaluate = [call["words"] for [call] in ranks(stand_ins)][::2]
     assert doctor[-4:] == ["doctor", "run.yaml", "run.seed=7", "--network"]
-    assert evaluate[-2:] == ["evaluate", "run"]
+    assert evaluate[evaluate.index("evaluate") :] == [
+        *("evaluate", "run", "--out", "run/evaluation", *given)
+    ]
 
 
 def test_what_doctor_finds_stops_the_job(stand_ins: StandIns) -> None:
@@ -236,7 +240,7 @@ def test_in_a_container_by_apptainer(stand_ins: StandIns) -> None:
     code, said = submit(stand_ins, **container)
     assert code == 0, said
     calls = stand_ins.calls("apptainer")
-    assert len(calls) == 3  # the configuration, then a task on each node
+    assert len(calls) == 5  # the configuration on the first node and on each, then the run on each
     here = stand_ins.folder
     for call in calls:
         assert call[:7] == [
@@ -262,6 +266,14 @@ def test_refused_before_the_ranks(
     code, text = submit(stand_ins, *arguments, **environment)
     assert code == 2
     assert said in text
+    assert ranks(stand_ins) == []
+
+
+def test_a_node_that_cannot_read_the_configuration(stand_ins: StandIns) -> None:
+    """The others would wait for it, and Slurm would end them with a code of its own."""
+    code, text = submit(stand_ins, BLIND_NODE="1")
+    assert code == 2
+    assert "run.yaml: no such file" in text
     assert ranks(stand_ins) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -211,6 +212,54 @@ def test_exit_code(stand_ins: StandIns, torchs, torchrun, before, written, expec
         FAKE_TORCH=torchs["flags"],
     )
     assert code == expected
+
+
+REFUSED = ["teacher.hf: no such folder", "rank 0 on alpha: teacher.hf: no such folder"]
+
+
+@pytest.mark.parametrize(
+    ("command", "plan", "expected"),
+    [
+        # before the run folder is taken, where a status of the run before lies
+        ("train", {"code": 1, "refusals": REFUSED}, 2),
+        # after that, by a rank that another one took for a failure
+        ("train", {"code": 1, "refusals": REFUSED, "status": {"exit_code": 1}}, 2),
+        ("train", {"code": 0, "refusals": REFUSED, "status": {"exit_code": 0}}, 0),
+        ("doctor", {"code": 1, "refusals": REFUSED}, 2),
+    ],
+)
+def test_what_a_rank_refuses_is_the_last_line_and_code_2(
+    stand_ins: StandIns, torchs, command: str, plan: dict, expected: int
+) -> None:
+    status = stand_ins.folder / "run/run_status.json"
+    status.write_text(json.dumps({"exit_code": 75}))
+    code, said = stand_ins.run(
+        *(SCRIPT, command, "run.yaml"),
+        PLAN=json.dumps({command: plan}),
+        STATUS_FILE=str(status),
+        FAKE_TORCH=torchs["flags"],
+        TMPDIR=str(stand_ins.folder),
+    )
+    assert (code, said) == (expected, f"torchrun.sh: {REFUSED[0]}\n" if expected else "")
+    assert not [*stand_ins.folder.glob("tmp.*")]
+
+
+def test_a_port_in_use(stand_ins: StandIns, torchs) -> None:
+    """On the node of the endpoint alone: the others look for it there."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        endpoint = f"localhost:{taken.getsockname()[1]}"
+        call = (SCRIPT, "--nnodes", "2", "--rdzv-endpoint", endpoint)
+        refused, said = stand_ins.run(
+            *call, "--node-rank", "0", "train", "run.yaml", FAKE_TORCH=torchs["flags"]
+        )
+        other = stand_ins.run(
+            *call, "--node-rank", "1", "train", "run.yaml", FAKE_TORCH=torchs["flags"]
+        )
+    assert refused == 2
+    assert f"'{endpoint}': this node, number 0, cannot listen on that port" in said
+    assert said.count("\n") == 1
+    assert other == (0, "")
+    assert len(stand_ins.calls("torchrun")) == 1
 
 
 def test_other_commands_run_on_ranks_too(stand_ins: StandIns, torchs) -> None:
