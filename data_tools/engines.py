@@ -36,10 +36,12 @@ AWKWARD_TEXTS = (
     "  1  a",
 )
 
-_GPT2 = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# How these patterns usually end; only this part looks ahead.
+_WHITE_SPACE = r"|\s+(?!\S)|\s+"
+_GPT2 = r"(?:'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)" + _WHITE_SPACE
 # Digits are cut out one by one first, so white space before one ends its fragment.
 _GPT2_AFTER_DIGITS = (
-    r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+    r"(?:'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+)|\s+(?![^\s\p{N}])|\s+"
 )
 
 
@@ -69,12 +71,13 @@ class TiktokenEngine:
         ]
         self._in_text = re.compile("|".join(map(re.escape, in_text))) if in_text else None
         ranks, self._ids = _ranks(description["model"])
-        self._encode = tiktoken.Encoding(
-            reference.path.name,
-            pat_str=_pattern(description.get("pre_tokenizer")),
-            mergeable_ranks=ranks,
-            special_tokens={},
-        ).encode_ordinary
+        pattern = _pattern(description.get("pre_tokenizer"))
+        try:
+            self._encode = tiktoken.Encoding(
+                reference.path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+            ).encode_ordinary
+        except ValueError as error:  # the two libraries' regular expressions differ
+            raise UnsupportedError(f"a pattern that tiktoken does not read: {pattern}") from error
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of one text. int32 [n]."""
@@ -87,7 +90,7 @@ class TiktokenEngine:
             if type(error).__name__ != "PanicException" and not isinstance(error, ValueError):
                 raise
             return self.reference.encode_batch([text])[0]
-        return self._ids[np.asarray(ranks, dtype=np.int32)]
+        return self._ids[np.fromiter(ranks, dtype=np.intp, count=len(ranks))]
 
 
 class CheckedTokenizer(Tokenizer):
@@ -210,5 +213,17 @@ def _pattern(description: dict[str, Any] | None) -> str:
         (split,) = before
         pattern = split["pattern"].get("Regex")
         if pattern and split["behavior"] == "Isolated" and not split["invert"]:
-            return pattern
+            return _grouped(pattern)
     raise UnsupportedError("a pre-tokenizer of another form")
+
+
+def _grouped(pattern: str) -> str:
+    """The same pattern, its alternatives before those for white space in one group.
+
+    tiktoken's regex engine matches a group that does not look around by an automaton, and steps
+    through alternatives of which any does: 1.6 times the time for whole documents.
+    """
+    before = pattern.removesuffix(_WHITE_SPACE)
+    if before == pattern or before.endswith("\\"):
+        return pattern
+    return f"(?:{before}){_WHITE_SPACE}"

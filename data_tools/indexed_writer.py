@@ -1,8 +1,8 @@
 """Writes PREFIX.bin and PREFIX.idx as megatron-core's IndexedDatasetBuilder does, byte for byte.
 
 What differs is the cost: the tables are spooled to disk while the documents come in and the
-pointers are computed a million at a time, so memory does not grow with the corpus (the builder
-keeps 95 to 141 bytes per document and loops over them in Python).
+pointers are computed by pieces that stay in the processor's cache, so memory does not grow with the
+corpus (the builder keeps 95 to 141 bytes per document and loops over them in Python).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy as np
 import xxhash
 
 from data_tools.manifest import (
-    CHUNK_ROWS,
     HEADER,
     MAGIC,
     TOKEN_DTYPES,
@@ -33,6 +32,9 @@ from data_tools.manifest import (
 )
 
 MOST_TOKENS_PER_SEQUENCE = np.iinfo(np.int32).max
+
+# Rows of the index computed at once: 512 KiB of int64 are written from the processor's cache.
+TABLE_ROWS = 1 << 16
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -58,9 +60,9 @@ class IndexedWriter:
         folder = bin_path(prefix).parent
         folder.mkdir(parents=True, exist_ok=True)
         self._data = HashedFile(bin_path(prefix))
-        # Unlinked at birth: they vanish with the process, however it ends.
-        self._lengths: BinaryIO = tempfile.TemporaryFile(dir=folder)  # type: ignore[assignment]
-        self._documents: BinaryIO = tempfile.TemporaryFile(dir=folder)  # type: ignore[assignment]
+        self._lengths = _spool(folder)
+        # From the first document on that is not one sequence; before, they are counted.
+        self._documents: BinaryIO | None = None
 
     @property
     def digest(self) -> xxhash.xxh3_128:
@@ -78,7 +80,8 @@ class IndexedWriter:
     ) -> None:
         self._data.discard()
         self._lengths.close()
-        self._documents.close()
+        if self._documents:
+            self._documents.close()
 
     def add_document(
         self, tokens: np.ndarray, *, name: str, lengths: Sequence[int] | None = None
@@ -104,9 +107,14 @@ class IndexedWriter:
 
         S is the sum of `sequences`.
         """
-        ends = self.num_sequences + np.cumsum(sequences, dtype=np.int64)
-        self._lengths.write(lengths.astype(np.int32, copy=False).tobytes())
-        self._documents.write(ends.tobytes())
+        if self._documents is None and (sequences != 1).any():
+            self._documents = _spool(bin_path(self.prefix).parent)
+            for piece in _one_by_one(self.num_documents):
+                self._documents.write(piece.data)
+        if self._documents:
+            ends = self.num_sequences + np.cumsum(sequences, dtype=np.int64)
+            self._documents.write(ends.data)
+        self._lengths.write(np.ascontiguousarray(lengths, dtype=np.int32).data)
         self.num_documents += sequences.size
         self.num_sequences += lengths.size
         self.num_tokens += int(lengths.sum(dtype=np.int64))
@@ -139,8 +147,8 @@ class IndexedWriter:
                 self.dtype,
                 self.num_sequences,
                 self.num_documents,
-                lambda: _chunks(self._lengths, np.int32),
-                _chunks(self._documents, np.int64),
+                lambda: read_table(self._lengths, np.int32),
+                read_table(self._documents, np.int64) if self._documents else None,
             )
             records = [self._data.close(), index.close()]
             remove_published(self.prefix)
@@ -153,7 +161,7 @@ class IndexedWriter:
 
 
 def write_index(
-    write: Callable[[bytes], object],
+    write: Callable[[bytes | memoryview], object],
     dtype: np.dtype,
     num_sequences: int,
     num_documents: int,
@@ -163,41 +171,51 @@ def write_index(
     """Hands PREFIX.idx to `write`, piece by piece, from the lengths alone; memory is constant.
 
     lengths: called twice; int32 pieces of the tokens in each sequence. document_ends: int64 pieces
-    of the sequences up to each document's end; None: each sequence is a document.
+    of the sequences up to each document's end; None: each sequence is a document. A piece has
+    TABLE_ROWS rows at most, and may be overwritten once the next one is asked for.
     """
     code = next(code for code, known in TOKEN_DTYPES.items() if known == dtype)
     write(HEADER.pack(MAGIC, VERSION, code, num_sequences, num_documents + 1))
     for piece in lengths():
-        write(piece.tobytes())
-    position = 0
+        write(piece.data)
+    # int64 before the product: a shard may hold more than 2^31 tokens and bytes.
+    pointers = np.zeros(TABLE_ROWS + 1, dtype=np.int64)
     for piece in lengths():
-        # int64 before the product: a shard may hold more than 2^31 tokens and bytes.
-        ends = position + np.cumsum(piece * np.int64(dtype.itemsize), dtype=np.int64)
-        pointers = np.empty_like(ends)
-        pointers[0], pointers[1:] = position, ends[:-1]
-        write(pointers.tobytes())
-        position = int(ends[-1])
-    write(np.int64(0).tobytes())
-    if document_ends is None:
-        steps = range(1, num_sequences + 1, CHUNK_ROWS)
-        document_ends = (
-            np.arange(first, min(first + CHUNK_ROWS, num_sequences + 1)) for first in steps
-        )
-    for piece in document_ends:
-        write(piece.astype(np.int64, copy=False).tobytes())
+        ends = pointers[1 : piece.size + 1]
+        np.multiply(piece, dtype.itemsize, out=ends, dtype=np.int64)
+        ends[0] += pointers[0]
+        np.cumsum(ends, out=ends)
+        write(pointers[: piece.size].data)
+        pointers[0] = ends[-1]
+    write(bytes(8))
+    for piece in _one_by_one(num_documents) if document_ends is None else document_ends:
+        write(piece.data)
+
+
+def _one_by_one(documents: int) -> Iterator[np.ndarray]:
+    """1, 2, ... `documents`, in one array that each step overwrites."""
+    steps, ends = np.arange(1, TABLE_ROWS + 1), np.empty(TABLE_ROWS, dtype=np.int64)
+    for first in range(0, documents, TABLE_ROWS):
+        yield np.add(steps, first, out=ends)[: documents - first]
+
+
+def read_table(stream: BinaryIO, dtype: type) -> Iterator[np.ndarray]:
+    """A spooled table from its start, in one array that each step overwrites."""
+    rows: np.ndarray = np.empty(TABLE_ROWS, dtype=dtype)
+    stream.seek(0)
+    while size := stream.readinto(rows.data):  # type: ignore[attr-defined]
+        yield rows[: size // rows.itemsize]
+
+
+def _spool(folder: Path) -> BinaryIO:
+    """Unlinked at birth: it vanishes with the process, however that ends."""
+    return tempfile.TemporaryFile(dir=folder)  # type: ignore[return-value]
 
 
 def remove_published(prefix: str | Path) -> None:
     """Takes away what would describe a .bin that is about to be replaced."""
     manifest_path(prefix).unlink(missing_ok=True)
     idx_path(prefix).unlink(missing_ok=True)
-
-
-def _chunks(spool: BinaryIO, dtype: type) -> Iterator[np.ndarray]:
-    """The spooled table from its start, CHUNK_ROWS rows at a time."""
-    spool.seek(0)
-    while raw := spool.read(CHUNK_ROWS * np.dtype(dtype).itemsize):
-        yield np.frombuffer(raw, dtype=dtype)
 
 
 class HashedFile:

@@ -20,7 +20,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -29,9 +28,8 @@ import numpy as np
 import xxhash
 from pydantic import BaseModel
 
-from data_tools.indexed_writer import remove_published, write_index
+from data_tools.indexed_writer import read_table, remove_published, write_index
 from data_tools.manifest import (
-    CHUNK_ROWS,
     DataError,
     FileRecord,
     bin_path,
@@ -217,11 +215,17 @@ class Journal:
         index = self.folder / "index"
         with index.open("wb", buffering=1 << 20) as stream:
 
-            def write(content: bytes) -> None:
+            def write(content: bytes | memoryview) -> None:
                 digest.update(content)
                 stream.write(content)
 
-            write_index(write, self._dtype, self.documents, self.documents, self._length_pieces)
+            write_index(
+                write,
+                self._dtype,
+                self.documents,
+                self.documents,
+                lambda: read_table(self._lengths, np.int32),
+            )
             stream.flush()
             os.fsync(stream.fileno())
         return [
@@ -236,11 +240,6 @@ class Journal:
                 xxh3=digest.hexdigest(),
             ),
         ]
-
-    def _length_pieces(self) -> Iterator[np.ndarray]:
-        with (self.folder / "lengths").open("rb") as stream:
-            while raw := stream.read(4 * CHUNK_ROWS):
-                yield np.frombuffer(raw, np.int32)
 
     def publish(self, manifest: bytes) -> None:
         """Gives the outputs their names and removes the folder; may be cut short anywhere."""

@@ -21,12 +21,27 @@ LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+# It ends as others do, but its last bar but one is a character.
+ESCAPED_BAR = r"\p{L}+|[^\s\p{L}|]+|\|(?!\s+(?!\S))|\|\s+(?!\S)|\s+"
+NOT_TIKTOKENS = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": r"\X"}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
 PRE_TOKENIZERS = {
     "gpt2": BYTE_LEVEL,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL]),
     "llama3": pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+    "escaped bar": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(ESCAPED_BAR), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     ),
@@ -67,7 +82,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CheckedTokeni
 
 @pytest.mark.parametrize("form", PRE_TOKENIZERS)
 @settings(max_examples=80, deadline=None)
-@given(text=st.text(alphabet=st.characters(codec="utf-8"), max_size=40) | st.text("a1 \n'.\t-é"))
+@given(text=st.text(alphabet=st.characters(codec="utf-8"), max_size=40) | st.text("a1 \n'.\t-é|"))
 @example(text="  1  a   \n 12'3 's")
 @example(text="<|endoftext|> is text")
 def test_the_same_ids(checked: dict[str, CheckedTokenizer], form: str, text: str) -> None:
@@ -110,6 +125,7 @@ def test_added_tokens_that_are_not_special_are_found_in_texts(tmp_path: Path) ->
         ("gpt2", {"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
         ("gpt2", {"pre_tokenizer": None}, "no pre-tokenizer"),
         ("gpt2", {"pre_tokenizer": {"type": "Whitespace"}}, "not byte-level"),
+        ("gpt2", {"pre_tokenizer": NOT_TIKTOKENS}, "a pattern that tiktoken does not read"),
     ],
 )
 def test_other_forms_are_left_to_the_reference(

@@ -13,23 +13,28 @@ from data_tools.indexed_writer import IndexedWriter, token_dtype, write_index
 from data_tools.manifest import DataError, check_indexed, hash_file
 
 # Documents as lists of sequence lengths: several sequences, an empty sequence, an empty document.
-DOCUMENTS = [[5], [3, 4, 2], [0], [], [1, 0, 6], [300]]
+DOCUMENTS = [[5], [2], [9], [3, 4, 2], [0], [], [1, 0, 6], [300]]
+ONE_SEQUENCE_EACH = [[5], [0], [300], [1], [7]]
 
 
-def random_documents(vocab_size: int) -> list[tuple[np.ndarray, list[int]]]:
+def random_documents(
+    vocab_size: int, documents: list[list[int]] = DOCUMENTS
+) -> list[tuple[np.ndarray, list[int]]]:
     rng = np.random.default_rng(7)
     return [
         (rng.integers(0, vocab_size, size=sum(lengths)).astype(np.int64), lengths)
-        for lengths in DOCUMENTS
+        for lengths in documents
     ]
 
 
-def write_both(folder: Path, vocab_size: int) -> tuple[Path, Path]:
+def write_both(
+    folder: Path, vocab_size: int, documents: list[list[int]] = DOCUMENTS
+) -> tuple[Path, Path]:
     """The same documents by our writer and by megatron-core's builder."""
     ours, theirs = folder / "our.v1", folder / "their.v1"
     builder = IndexedDatasetBuilder(f"{theirs}.bin", dtype=token_dtype(vocab_size).type)
     with IndexedWriter(ours, vocab_size) as writer:
-        for tokens, lengths in random_documents(vocab_size):
+        for tokens, lengths in random_documents(vocab_size, documents):
             writer.add_document(tokens, name="made up", lengths=lengths)
             builder.add_document(torch.from_numpy(tokens), lengths)
         writer.finish()
@@ -38,18 +43,23 @@ def write_both(folder: Path, vocab_size: int) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("vocab_size", [40, 65_499, 65_500, 200_000])
-@pytest.mark.parametrize("chunk_rows", [2, 1 << 20])
+@pytest.mark.parametrize("rows", [2, 1 << 20])
+@pytest.mark.parametrize("documents", [DOCUMENTS, ONE_SEQUENCE_EACH], ids=["cut", "whole"])
 def test_bytes_equal_megatrons(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocab_size: int, chunk_rows: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    vocab_size: int,
+    rows: int,
+    documents: list[list[int]],
 ) -> None:
-    monkeypatch.setattr(indexed_writer, "CHUNK_ROWS", chunk_rows)
-    monkeypatch.setattr(manifest, "CHUNK_ROWS", chunk_rows)
-    ours, theirs = write_both(tmp_path, vocab_size)
+    monkeypatch.setattr(indexed_writer, "TABLE_ROWS", rows)
+    monkeypatch.setattr(manifest, "CHUNK_ROWS", rows)
+    ours, theirs = write_both(tmp_path, vocab_size, documents)
     for suffix in (".bin", ".idx"):
         assert Path(f"{ours}{suffix}").read_bytes() == Path(f"{theirs}{suffix}").read_bytes()
     files = check_indexed(ours, deep=True)
-    assert files.num_documents == len(DOCUMENTS)
-    for number, (tokens, _) in enumerate(random_documents(vocab_size)):
+    assert files.num_documents == len(documents)
+    for number, (tokens, _) in enumerate(random_documents(vocab_size, documents)):
         assert files.document(number).tolist() == tokens.tolist()
 
 
