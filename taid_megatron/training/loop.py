@@ -55,8 +55,8 @@ def run(config: Config) -> int:
     To be called on every rank. Returns the exit code. Raises UserError for what the user can mend,
     before anything is built.
     """
-    abilities = agreed(lambda: _examined(config), _collectives_minutes(config))
-    with Signals() as signals:
+    with Signals() as signals:  # one that comes while ranks wait for one another is not lost
+        abilities = agreed(lambda: _examined(config), _collectives_minutes(config))
         world = distributed.start(config.parallel, config.run.seed, _collectives_minutes(config))
         try:
             with (
