@@ -257,7 +257,7 @@ def test_a_run_is_warned_requeued_and_ends_with_the_losses_of_a_straight_run(
     stopped = json.loads((tmp_path / "run/run_status.json").read_text())
     assert (stopped["exit_code"], stopped["signal"]) == (75, "SIGUSR1")
     assert stopped["step"] < 30
-    wait_until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), said, 300)
+    wait_until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), said, 900)
     assert slurm.state(job) == "COMPLETED", said()
 
     log = (tmp_path / f"taid-{job}.log").read_text()
