@@ -22,6 +22,7 @@ from data_tools.manifest import (
     MAGIC,
     TOKEN_DTYPES,
     VERSION,
+    WRITE_BYTES,
     DataError,
     FileRecord,
     bin_path,
@@ -59,7 +60,7 @@ class IndexedWriter:
         self.num_tokens = 0
         folder = bin_path(prefix).parent
         folder.mkdir(parents=True, exist_ok=True)
-        self._data = HashedFile(bin_path(prefix))
+        self._data = HashedFile(bin_path(prefix), WRITE_BYTES)
         self._lengths = _spool(folder)
         # From the first document on that is not one sequence; before, they are counted.
         self._documents: BinaryIO | None = None
@@ -221,12 +222,12 @@ def remove_published(prefix: str | Path) -> None:
 class HashedFile:
     """A file under a temporary name, hashed while it is written."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, buffer_bytes: int = 1 << 17):
+        """Pieces above `buffer_bytes` are written without another copy."""
         self.path = path
         self.temporary = temporary_name(path)
         self.digest = xxhash.xxh3_128()
-        # Smaller than map_blocks' blocks: these go through without another copy.
-        self.stream = self.temporary.open("wb", buffering=1 << 17)
+        self.stream = self.temporary.open("wb", buffering=buffer_bytes)
 
     def write(self, content: bytes | memoryview) -> None:
         """Appends and hashes."""

@@ -30,6 +30,7 @@ from pydantic import BaseModel
 
 from data_tools.indexed_writer import read_table, remove_published, write_index
 from data_tools.manifest import (
+    WRITE_BYTES,
     DataError,
     FileRecord,
     bin_path,
@@ -298,7 +299,7 @@ def _cut(
 
 def _open_update(path: Path) -> BinaryIO:
     path.touch()
-    return path.open("r+b", buffering=1 << 20)
+    return path.open("r+b", buffering=WRITE_BYTES)
 
 
 def _lock_folder(folder: Path) -> BinaryIO:

@@ -14,6 +14,7 @@ import xxhash
 from data_tools.indexed_writer import IndexedWriter
 from data_tools.manifest import (
     CHUNK_ROWS,
+    WRITE_BYTES,
     DataError,
     FileRecord,
     IndexedFiles,
@@ -163,7 +164,7 @@ def _copy_tokens(files: IndexedFiles, manifest: Manifest, writer: IndexedWriter)
     data = bin_path(files.prefix)
     # Up to the end of the first part, what is written has that part's hash.
     digest = xxhash.xxh3_128() if writer.num_tokens else writer.digest
-    for block in map_blocks(data):
+    for block in map_blocks(data, 2 * WRITE_BYTES):  # written as they are, past the buffer
         if digest is not writer.digest:
             digest.update(block)
         writer.add_tokens(block)

@@ -24,7 +24,7 @@ from data_tools.manifest import (
 )
 from data_tools.tokenizers import Tokenizer
 
-_BLOCK_TOKENS = 1 << 17
+_BLOCK_TOKENS = 1 << 19
 
 
 @dataclass(frozen=True)

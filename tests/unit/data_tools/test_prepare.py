@@ -213,6 +213,43 @@ def test_unreadable_files_are_skipped_and_listed(
     assert "d.parquet: not a Parquet file" in manifest.skipped_rows[0]
 
 
+def test_a_document_of_50_megabytes(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
+    """Above the limit that holds unless another is given: named with its size, or left out."""
+    texts = ["before", "x" * 50_000_000, "after"]
+    lines, table, file = (tmp_path / name for name in ("a.jsonl", "b.parquet", "c.txt"))
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pq.write_table(pa.table({"text": texts}), table)
+    file.write_text(texts[1])
+    for path, place in ((lines, ", row 2"), (table, ", row 2"), (file, "")):
+        with pytest.raises(DataError) as caught:
+            prepare([path], tokenizer.path, tmp_path / "a", Settings(workers=1, restart=True))
+        assert str(caught.value) == (
+            f"{path}{place}: a document of 50,000,000 bytes, above --max-document-mb 32; cut it, "
+            "or raise the limit"
+        )
+    settings = Settings(workers=1, restart=True, skip_faults=True)
+    manifest = prepare([lines, table, file], tokenizer.path, tmp_path / "a", settings)
+    assert (manifest.documents, manifest.skipped, manifest.empty_documents) == (4, 3, 0)
+    assert texts_of(tmp_path / "a", tokenizer) == ["before", "after"] * 2
+
+
+def test_ids_beyond_the_vocabulary_are_never_written(
+    many: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vocabulary decides the tokens' type: such an id might not even fit it."""
+    encode = SentencePieceTokenizer.encode_batch
+
+    def broken(self: SentencePieceTokenizer, texts: list[str]) -> list[np.ndarray]:
+        found = encode(self, texts)
+        seventh = ["document 7\n" in text for text in texts]
+        return [ids + 70_000 * is_it for ids, is_it in zip(found, seventh, strict=True)]
+
+    monkeypatch.setattr(SentencePieceTokenizer, "encode_batch", broken)
+    with pytest.raises(DataError, match=r"a\.jsonl, row 8: token id 7\d+ lies outside the vocab"):
+        run(many / "a.jsonl", tokenizer, tmp_path / "a", text_column="text")
+    assert not list(tmp_path.glob("a.[!w]*"))
+
+
 @pytest.mark.parametrize("earlier", [True, False])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_failed_run_changes_nothing(
