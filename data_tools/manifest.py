@@ -350,23 +350,24 @@ def read_blocks(path: Path, block_bytes: int = 1 << 20) -> Iterator[memoryview]:
             yield buffer[:size]
 
 
-def map_blocks(path: Path, block_bytes: int = 1 << 20) -> Iterator[memoryview]:
+def map_blocks(path: Path, block_bytes: int = 1 << 20, first: int = 0) -> Iterator[memoryview]:
     """As read_blocks, without a copy: twice as fast, for prepared files that nobody changes.
 
-    All blocks but the last are of block_bytes; by default they fit the processor's cache, where
-    whatever looks at a block after the first finds it, and outweigh the loop over them.
-    A disk that fails ends the process, as it ends a trainer that maps the file. A block is valid
-    until the next one is asked for.
+    All blocks but the last are of block_bytes, and the first where `first` does not give its bytes.
+    By default they fit the processor's cache, where whatever looks at a block after the first finds
+    it, and outweigh the loop over them. A disk that fails ends the process, as it ends a trainer
+    that maps the file. A block is valid until the next one is asked for.
     """
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if not size:  # an empty file cannot be mapped
             return
         with mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            whole = memoryview(mapped)
+            whole, start, end = memoryview(mapped), 0, first or block_bytes
             try:
-                for start in range(0, size, block_bytes):
-                    with whole[start : start + block_bytes] as block:
+                while start < size:
+                    with whole[start:end] as block:
                         yield block
+                    start, end = end, end + block_bytes
             finally:
                 whole.release()

@@ -164,7 +164,9 @@ def _copy_tokens(files: IndexedFiles, manifest: Manifest, writer: IndexedWriter)
     data = bin_path(files.prefix)
     # Up to the end of the first part, what is written has that part's hash.
     digest = xxhash.xxh3_128() if writer.num_tokens else writer.digest
-    for block in map_blocks(data, 2 * WRITE_BYTES):  # written as they are, past the buffer
+    # Blocks too large for the writer's buffer are written as they are, at multiples of its size.
+    first = WRITE_BYTES - writer.num_tokens * writer.dtype.itemsize % WRITE_BYTES
+    for block in map_blocks(data, 2 * WRITE_BYTES, first):
         if digest is not writer.digest:
             digest.update(block)
         writer.add_tokens(block)

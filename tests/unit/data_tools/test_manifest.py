@@ -17,6 +17,7 @@ from data_tools.manifest import (
     check_indexed,
     index_fingerprint,
     manifest_path,
+    map_blocks,
     read_manifest,
     write_manifest,
 )
@@ -173,3 +174,16 @@ def test_the_tools_need_neither_torch_nor_megatron() -> None:
         "sys.exit(any(name.split('.')[0] in ('torch', 'megatron') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 4, 11])
+def test_mapped_blocks_are_the_file(tmp_path, first) -> None:
+    """In blocks of four bytes, after a first one of another size where one is asked for."""
+    path, content = tmp_path / "file", bytes(range(10))
+    path.write_bytes(content)
+    blocks = [bytes(block) for block in map_blocks(path, 4, first)]
+    assert b"".join(blocks) == content
+    assert len(blocks[0]) == min(first or 4, 10)
+    assert all(len(block) == 4 for block in blocks[1:-1])
+    path.write_bytes(b"")
+    assert list(map_blocks(path, 4, first)) == []
