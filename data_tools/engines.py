@@ -71,6 +71,7 @@ class TiktokenEngine:
         ]
         self._in_text = re.compile("|".join(map(re.escape, in_text))) if in_text else None
         ranks, self._ids = _ranks(description["model"])
+        self._bytes = np.array([*map(len, ranks)])
         pattern = _pattern(description.get("pre_tokenizer"))
         try:
             self._encode = tiktoken.Encoding(
@@ -84,13 +85,18 @@ class TiktokenEngine:
         if self._in_text and self._in_text.search(text):
             return self.reference.encode_batch([text])[0]
         try:
-            ranks = self._encode(self._normalize(text))
+            normalized = self._normalize(text)
+            found = self._encode(normalized)
+            ranks = np.fromiter(found, dtype=np.intp, count=len(found))
+            # What its pattern does not match tiktoken leaves out.
+            if self._bytes[ranks].sum() != len(normalized.encode()):
+                return self.reference.encode_batch([text])[0]
         except BaseException as error:
             # Rust panics on very long runs of white space; they derive from BaseException.
             if type(error).__name__ != "PanicException" and not isinstance(error, ValueError):
                 raise
             return self.reference.encode_batch([text])[0]
-        return self._ids[np.fromiter(ranks, dtype=np.intp, count=len(ranks))]
+        return self._ids[ranks]
 
 
 class CheckedTokenizer(Tokenizer):
