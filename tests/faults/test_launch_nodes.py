@@ -187,7 +187,7 @@ def test_what_one_node_lacks_ends_both_with_its_line_and_code_2(tmp_path: Path) 
             )
         )
     try:
-        said = [node.communicate(timeout=120)[0].splitlines() for node in nodes]
+        said = [node.communicate(timeout=300)[0].splitlines() for node in nodes]
     finally:
         for node in nodes:
             end(processes(node.pid))
