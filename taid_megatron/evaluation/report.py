@@ -51,15 +51,15 @@ def show(results: dict[str, Any]) -> None:
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """evaluation.json and evaluation.md, each whole or not at all."""
+    """evaluation.md, then evaluation.json, each whole or not at all: where it is, both are."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "evaluation.json", json.dumps(results, indent=1).encode() + b"\n")
     lines = [f"# {results['model']}", "", "| | model | teacher |", "| --- | ---: | ---: |"]
     lines += [
         f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
         for row in rows(results)
     ]
     write_atomically(folder / "evaluation.md", "\n".join([*lines, ""]).encode())
+    write_atomically(folder / "evaluation.json", json.dumps(results, indent=1).encode() + b"\n")
 
 
 def _cell(value: float | None, form: str) -> str:
