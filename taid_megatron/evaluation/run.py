@@ -36,6 +36,7 @@ from taid_megatron.training.setup import (
     teacher_communicator,
 )
 from taid_megatron.training.step import PerToken, Pipeline
+from taid_megatron.training.watchdog import Watchdog
 
 Tree = dict[str, Any]
 
@@ -174,19 +175,34 @@ def _measured(
 ) -> Tree:
     world = distributed.start(config.parallel, config.run.seed)
     try:
-        # texts are encoded before the models take memory: a bad one ends it early
-        words = None if texts is None else _last_words(config, world, texts, encoder)
-        vocabulary, pairs = build_pairs(config, distributed.abilities(), checkpoint)
-        for pair in pairs:
-            pair.eval()
-        results: Tree = {}
-        if config.data.validation is not None:
-            results["held_out"] = _held_out(config, world, vocabulary, pairs)
-        if words is not None:
-            results["last_word"] = _guessed(config, world, vocabulary, pairs, words)
-        return results
+        with _watchdog(config, world) as watch:
+            # texts are encoded before the models take memory: a bad one ends it early
+            words = None if texts is None else _last_words(config, world, texts, encoder)
+            vocabulary, pairs = build_pairs(config, distributed.abilities(), checkpoint)
+            for pair in pairs:
+                pair.eval()
+            results: Tree = {}
+            if config.data.validation is not None:
+                watch.phase("the evaluation on held-out text")
+                results["held_out"] = _held_out(config, world, vocabulary, pairs)
+            if words is not None:
+                watch.phase("the guessing of last words")
+                results["last_word"] = _guessed(config, world, vocabulary, pairs, words)
+            return results
     finally:
         distributed.stop(world)
+
+
+def _watchdog(config: Config, world: World) -> Watchdog:
+    return Watchdog(
+        None,
+        rank=world.rank,
+        size=world.size,
+        store=distributed.private_store("watchdog"),
+        step_timeout=config.training.step_timeout,
+        phase_timeout=config.training.phase_timeout,
+        silence_timeout=config.training.silence_timeout,
+    )
 
 
 def _held_out(config: Config, world: World, vocabulary: Vocabulary, pairs: list[Pair]) -> Tree:

@@ -49,7 +49,8 @@ _COMMUNICATION = ("torch/distributed", "megatron/core")
 class Watchdog:
     """While entered, this rank shows that it lives, and ends with the others when one of them does.
 
-    To be entered on every rank at once, after the ranks have joined. store: of all ranks, for this
+    To be entered on every rank at once, after the ranks have joined. folder: the run's, whose
+    run_status.json tells of it; None: no run, nothing to resume. store: of all ranks, for this
     object alone; None for a run of one rank. step_timeout, phase_timeout: seconds for a step, and
     for everything else (the first step too). silence_timeout: seconds that a rank may tell nothing
     and the store not answer. on_end: what this rank must still give back. The end
@@ -59,7 +60,7 @@ class Watchdog:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         *,
         rank: int,
         size: int,
@@ -241,8 +242,9 @@ class Watchdog:
             with contextlib.suppress(Exception):
                 if verdict.by == self._rank:
                     resume = "the run ends, to be resumed from its last checkpoint"
-                    get_logger().error(f"{verdict.text}; {resume}")
-                    write_failure(self._folder, verdict.code, verdict.text)
+                    get_logger().error(f"{verdict.text}; {resume if self._folder else 'all end'}")
+                    if self._folder is not None:
+                        write_failure(self._folder, verdict.code, verdict.text)
             with contextlib.suppress(Exception):
                 self._on_end()
             self._kill_what_stays(verdict)
