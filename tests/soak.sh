@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Faults again and again, seeded: kills, stopped ranks, signals, damage. An hour by default.
 #
-#   bash tests/soak.sh [seconds] [seed] [--out soak.json]
+#   bash tests/soak.sh [seconds] [seed] [--only kill] [--out soak.json]
 #
 # Prints a table and writes the same as JSON; exit code 1 where a run could not go on, a checkpoint
 # was not whole, a fault was not found or a process was left over.
