@@ -8,6 +8,7 @@ that was killed for ever.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import queue
@@ -15,6 +16,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, Protocol
 
@@ -32,6 +34,7 @@ from megatron.core.dist_checkpointing.strategies.base import (
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
+from taid_megatron import __version__
 from taid_megatron.checkpointing import folder as folders
 from taid_megatron.checkpointing import manifest
 from taid_megatron.checkpointing.folder import STATE_FILE
@@ -143,7 +146,16 @@ def begin(
             part = Writer(in_memory, timeout=writer_timeout)
         except OSError as error:  # no process, no memory for one
             part = _Failed(error)
-    return PendingSave(unfinished, name, {**state, "step": step}, retention, part)
+    return PendingSave(unfinished, name, _told(state, step), retention, part)
+
+
+def _told(state: dict[str, Any], step: int) -> dict[str, Any]:
+    """What state.json says besides: versions, for whoever has to find out what wrote it."""
+    versions = {"taid-megatron": __version__}
+    for package in ("torch", "megatron-core", "transformer-engine"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {**state, "step": step, "versions": versions}
 
 
 class _CommonStrategy(TorchCommonSaveStrategy):

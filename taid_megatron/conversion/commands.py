@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from taid_megatron import __version__
 from taid_megatron.checkpointing import store
 from taid_megatron.config.checks import near_even
 from taid_megatron.config.errors import UserError
@@ -76,7 +75,6 @@ def import_folder(hf: Path, out: Path, precision: str | None = None) -> int:
                 "taid": None,
                 "architecture": architecture.model_dump(mode="json"),
                 "imported": folder.name,
-                "versions": {"taid_megatron": __version__, "torch": torch.__version__},
             },
         ).complete()
         say(f"checkpoint: {path} ({precision})")

@@ -8,10 +8,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from data_tools.manifest import index_fingerprint
-from taid_megatron import __version__
 from taid_megatron.checkpointing import store
 from taid_megatron.config.changes import changes, line
 from taid_megatron.config.errors import ConfigError
@@ -98,7 +95,7 @@ def no_save_left(trainer: Trainer) -> Iterator[None]:
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:
-    """state.json, but for the step."""
+    """state.json, but for the step and the versions."""
     config = trainer.config
     return {
         "format": 1,
@@ -112,7 +109,6 @@ def _state(trainer: Trainer) -> dict[str, Any]:
         "layout": _layout(trainer),
         "distributed_optimizer": config.parallel.distributed_optimizer,
         "config": config.model_dump(mode="json"),
-        "versions": {"taid_megatron": __version__, "torch": torch.__version__},
     }
 
 

@@ -124,6 +124,7 @@ def test_a_run_saves_while_it_trains(config, straight, tmp_path, capfd) -> None:
         for state in states:
             assert state.pop("config")["checkpoint"]["every"] == 2
         assert states[0] == states[1]
+        assert {"taid-megatron", "torch", "megatron-core"} <= set(states[0]["versions"])
     assert not list((tmp_path / "checkpoints").glob(".*"))
     said = capfd.readouterr().out.splitlines()
     saved = [line.split("/")[-1] for line in said if line.startswith("checkpoint: ")]

@@ -206,6 +206,26 @@ def test_retention_keeps_the_last_every_nth_the_resumed_and_what_lies_ahead(tmp_
     assert folders.newest(tmp_path) == folders.Checkpoint(tmp_path / "step_00000090", 90)
 
 
+def test_what_is_half_deleted_is_no_checkpoint(tmp_path, monkeypatch) -> None:
+    """A kill leaves what an interruption does; the next save clears it away."""
+    _made(tmp_path, "step_00000010", "step_00000020")
+
+    def interrupted(path: Path) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(folders.shutil, "rmtree", interrupted)
+    with pytest.raises(InterruptedError):
+        folders.remove_old(
+            *(tmp_path, tmp_path / "step_00000020"), keep=1, keep_every=None, in_use=None
+        )
+    monkeypatch.undo()
+    assert [found.step for found in folders.published(tmp_path)] == [20]
+    assert len(list(tmp_path.iterdir())) == 2
+    folders.begin(tmp_path, "step_00000030")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".unfinished_step_00000030", "step_00000020"]
+
+
 def test_keep_every_alone_is_refused(config, tmp_path) -> None:
     with pytest.raises(UserError, match=r"keep_every=2 without checkpoint\.keep"):
         toy.train(config, tmp_path, 1, "checkpoint.keep_every=2")
