@@ -50,8 +50,17 @@ class IndexedWriter:
     files and leaves earlier outputs of the same prefix as they were.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int, dtype: np.dtype | None = None):
-        """`dtype`: of the tokens, where it is not the one that the vocabulary asks for."""
+    def __init__(
+        self,
+        prefix: str | Path,
+        vocab_size: int,
+        dtype: np.dtype | None = None,
+        write_bytes: int = WRITE_BYTES,
+    ):
+        """`dtype`: of the tokens, where it is not the one that the vocabulary asks for.
+
+        write_bytes: tokens are written in such blocks, larger pieces as they come.
+        """
         self.prefix = str(prefix)
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size) if dtype is None else dtype
@@ -60,7 +69,7 @@ class IndexedWriter:
         self.num_tokens = 0
         folder = bin_path(prefix).parent
         folder.mkdir(parents=True, exist_ok=True)
-        self._data = HashedFile(bin_path(prefix), WRITE_BYTES)
+        self._data = HashedFile(bin_path(prefix), write_bytes)
         self._lengths = _spool(folder)
         # From the first document on that is not one sequence; before, they are counted.
         self._documents: BinaryIO | None = None

@@ -14,7 +14,6 @@ import xxhash
 from data_tools.indexed_writer import IndexedWriter
 from data_tools.manifest import (
     CHUNK_ROWS,
-    WRITE_BYTES,
     DataError,
     FileRecord,
     IndexedFiles,
@@ -28,6 +27,10 @@ from data_tools.manifest import (
 )
 
 _DOCUMENTS_PER_STEP = 1 << 16
+
+
+# Larger ones would read back faster, and cost more than that to write on virtual machines.
+_BLOCK_BYTES = 1 << 19
 
 
 def merge(prefixes: Sequence[str | Path], out_prefix: str | Path) -> Manifest:
@@ -47,7 +50,8 @@ def merge(prefixes: Sequence[str | Path], out_prefix: str | Path) -> Manifest:
     shard = _check_shards(prefixes, manifests)
     first = manifests[0]
     dtype = np.dtype(first.dtype)
-    with IndexedWriter(out_prefix, first.tokenizer.vocab_size, dtype) as writer:
+    vocab_size = first.tokenizer.vocab_size
+    with IndexedWriter(out_prefix, vocab_size, dtype, _BLOCK_BYTES // 2) as writer:
         for files, manifest in parts:
             _copy_tokens(files, manifest, writer)
             _copy_tables(files, writer)
@@ -164,9 +168,9 @@ def _copy_tokens(files: IndexedFiles, manifest: Manifest, writer: IndexedWriter)
     data = bin_path(files.prefix)
     # Up to the end of the first part, what is written has that part's hash.
     digest = xxhash.xxh3_128() if writer.num_tokens else writer.digest
-    # Blocks too large for the writer's buffer are written as they are, at multiples of its size.
-    first = WRITE_BYTES - writer.num_tokens * writer.dtype.itemsize % WRITE_BYTES
-    for block in map_blocks(data, 2 * WRITE_BYTES, first):
+    # At multiples of their size in what is written.
+    first = _BLOCK_BYTES - writer.num_tokens * writer.dtype.itemsize % _BLOCK_BYTES
+    for block in map_blocks(data, _BLOCK_BYTES, first):
         if digest is not writer.digest:
             digest.update(block)
         writer.add_tokens(block)

@@ -40,7 +40,7 @@ import xxhash
 from measure import memory_of_tree, write_json
 
 from data_tools.indexed_writer import IndexedWriter
-from data_tools.manifest import map_blocks
+from data_tools.manifest import WRITE_BYTES, map_blocks
 
 _PASSES = 10
 FORK = multiprocessing.get_context("fork")
@@ -316,11 +316,17 @@ def remove_written(folder: Path) -> None:
 
 
 def make_big(folder: Path, megabytes: float) -> None:
-    """The prepared text repeated to so many MB of tokens."""
+    """The prepared text repeated to so many MB of tokens, written as `prepare` would."""
     from data_tools.merge import merge
 
     size = (folder / "reference.bin").stat().st_size
     merge([folder / "reference"] * max(2, int(megabytes * 1e6) // size), folder / "big")
+    tokens = (folder / "big.bin").read_bytes()
+    with (folder / "big.bin").open(
+        "wb", buffering=0
+    ) as stream:  # in the blocks that prepare writes
+        for first in range(0, len(tokens), WRITE_BYTES):
+            stream.write(tokens[first : first + WRITE_BYTES])
 
 
 # ---- the run -------------------------------------------------------------------------------------
