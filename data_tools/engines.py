@@ -82,21 +82,25 @@ class TiktokenEngine:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of one text. int32 [n]."""
+        ids = self._by_tiktoken(text)
+        return self.reference.encode_batch([text])[0] if ids is None else ids
+
+    def _by_tiktoken(self, text: str) -> np.ndarray | None:
+        """None for a text that it cannot do."""
         if self._in_text and self._in_text.search(text):
-            return self.reference.encode_batch([text])[0]
+            return None
         try:
             normalized = self._normalize(text)
             found = self._encode(normalized)
             ranks = np.fromiter(found, dtype=np.intp, count=len(found))
             # What its pattern does not match tiktoken leaves out.
-            if self._bytes[ranks].sum() != len(normalized.encode()):
-                return self.reference.encode_batch([text])[0]
+            is_whole = self._bytes[ranks].sum() == len(normalized.encode())
         except BaseException as error:
             # Rust panics on very long runs of white space; they derive from BaseException.
             if type(error).__name__ != "PanicException" and not isinstance(error, ValueError):
                 raise
-            return self.reference.encode_batch([text])[0]
-        return self._ids[ranks]
+            return None
+        return self._ids[ranks] if is_whole else None
 
 
 class CheckedTokenizer(Tokenizer):

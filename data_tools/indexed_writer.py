@@ -28,7 +28,7 @@ from data_tools.manifest import (
     bin_path,
     idx_path,
     manifest_path,
-    sync_folder,
+    sync_path,
     temporary_name,
 )
 
@@ -166,7 +166,7 @@ class IndexedWriter:
             index.publish()
         finally:
             index.discard()
-        sync_folder(bin_path(self.prefix).parent)
+        sync_path(bin_path(self.prefix).parent)
         return records
 
 

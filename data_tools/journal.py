@@ -37,7 +37,7 @@ from data_tools.manifest import (
     idx_path,
     manifest_path,
     read_blocks,
-    sync_folder,
+    sync_path,
     write_atomically,
 )
 from data_tools.worker import MOST_LISTED, UnitResult, lengths_file, tokens_file
@@ -272,7 +272,7 @@ def _rename_all(prefix: str | Path, folder: Path) -> None:
     if index.exists():
         index.replace(idx_path(prefix))
     (folder / "manifest.json").replace(manifest_path(prefix))
-    sync_folder(folder.parent)
+    sync_path(folder.parent)
     shutil.rmtree(folder)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.manifest import sync_folder, write_atomically
+from data_tools.manifest import sync_path, write_atomically
 from taid_megatron.checkpointing.manifest import own_hash, problem, problems
 from taid_megatron.config.errors import UserError
 from taid_megatron.runtime.log import get_logger
@@ -136,7 +136,7 @@ def publish(unfinished: Path, name: str, manifest_hash: str) -> Path:
             f"{final}: appeared while it was being saved; does another run use the folder?"
         )
     unfinished.rename(final)
-    sync_folder(folder)
+    sync_path(folder)
     content = {"checkpoint": name, "manifest": manifest_hash}
     write_atomically(folder / POINTER, json.dumps(content).encode())
     return final

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from data_tools.manifest import hash_file
+from data_tools.manifest import hash_file, sync_path
 
 MANIFEST = "manifest.json"
 _SHARDS = ".distcp"
@@ -32,16 +32,12 @@ def record(paths: Iterable[Path]) -> Records:
     with ThreadPoolExecutor(max_workers=1) as beside:
         hashes = beside.map(_hash, paths)
         for path in paths:
-            _sync(path)
+            with _named(path):
+                sync_path(path)
         return {
             path.name: (path.stat().st_size, digest)
             for path, digest in zip(paths, hashes, strict=True)
         }
-
-
-def _sync(path: Path) -> None:
-    with _named(path), path.open("rb", buffering=0) as file:
-        os.fsync(file.fileno())
 
 
 def _hash(path: Path) -> str:

@@ -295,7 +295,7 @@ class PendingSave:
             (unfinished / STATE_FILE).write_text(json.dumps(self._state, indent=1))
             others = [path for path in unfinished.iterdir() if path.name not in shards]
             digest = manifest.write(unfinished, {**shards, **manifest.record(others)})
-            folders.sync_folder(unfinished)
+            folders.sync_path(unfinished)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             if _is_no_space(error):

@@ -8,7 +8,6 @@ the files between them. The folder appears under its name when it is complete, a
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_tools.manifest import sync_path
 from taid_megatron.config.errors import UserError
 from taid_megatron.config.hf import Family, family_for, write
 from taid_megatron.config.schema import Architecture
@@ -214,19 +214,11 @@ def _publish(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(unfinished / _INDEX, index)
     for file in unfinished.iterdir():
-        _sync(file)
-    _sync(unfinished)
+        sync_path(file)
+    sync_path(unfinished)
     unfinished.rename(out)
-    _sync(out.parent)
+    sync_path(out.parent)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -31,7 +31,7 @@ STEPS = (
     (journal, "write_atomically"),
     (journal, "write_index"),
     (journal, "remove_published"),
-    (journal, "sync_folder"),
+    (journal, "sync_path"),
     (Path, "replace"),
     (Path, "unlink"),
     (Path, "touch"),

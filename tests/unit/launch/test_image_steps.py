@@ -1,6 +1,6 @@
 """docker/Dockerfile.cpu carried out without a Docker engine: marker `slow`, by hand, as root.
 
-    TORCH_INDEX=https://pypi.org/simple \\
+    TORCH_INDEX=ADDRESS_OF_AN_INDEX \\
         python -m pytest -m slow tests/unit/launch/test_image_steps.py
 
 Every stage is a copy-on-write view of this machine (a Debian with /usr/bin/python3) in place of the
