@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.manifest import DataError
-from data_tools.tokenizers import JsonTokenizer, Tokenizer
+from data_tools.tokenizers import JsonTokenizer, TextError, Tokenizer, is_panic
 
 ENGINES = ("auto", "tokenizers", "tiktoken")
 RECHECK_EVERY = 256
@@ -61,7 +61,8 @@ class TiktokenEngine:
                 "the package tiktoken is missing; pip install 'taid-megatron[data]'"
             ) from error
         self.reference = reference
-        description = json.loads(reference.path.read_bytes())
+        # As the package writes it: files leave out what it fills in, GPT-2's even the model's type.
+        description = json.loads(reference.model.to_str())
         self._normalize = _normalizer(description.get("normalizer"))
         # Added tokens that the reference finds in a text; whole texts with one go to the reference.
         in_text = [
@@ -96,8 +97,8 @@ class TiktokenEngine:
             # What its pattern does not match tiktoken leaves out.
             is_whole = self._bytes[ranks].sum() == len(normalized.encode())
         except BaseException as error:
-            # Rust panics on very long runs of white space; they derive from BaseException.
-            if type(error).__name__ != "PanicException" and not isinstance(error, ValueError):
+            # It panics on very long runs of white space.
+            if not is_panic(error) and not isinstance(error, ValueError):
                 raise
             return None
         return self._ids[ranks] if is_whole else None
@@ -120,13 +121,14 @@ class CheckedTokenizer(Tokenizer):
         self._random = np.random.default_rng()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text. Raises DataError where a re-checked one differs."""
+        """Ids of each text. Raises TextError where a re-checked one differs."""
         batch = [self._engine.encode(text) for text in texts]
         for row in np.flatnonzero(self._random.random(len(texts)) < 1 / RECHECK_EVERY).tolist():
             if not np.array_equal(self.reference.encode_batch([texts[row]])[0], batch[row]):
-                raise DataError(
-                    f"{self.path}: tiktoken and tokenizers give different ids for a document that "
-                    f"begins {texts[row][:60]!r}; start over with --engine tokenizers --restart"
+                raise TextError(
+                    row,
+                    f"tiktoken and tokenizers give different ids by {self.path} for this text; "
+                    "start over with --engine tokenizers --restart",
                 )
         return batch
 
@@ -211,6 +213,8 @@ def _pattern(description: dict[str, Any] | None) -> str:
     if description is None:
         raise UnsupportedError("no pre-tokenizer")
     steps = description["pretokenizers"] if description["type"] == "Sequence" else [description]
+    if not steps:
+        raise UnsupportedError("no pre-tokenizer")
     *before, last = steps
     if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
         raise UnsupportedError("a pre-tokenizer that is not byte-level, or adds a space")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.lengths import document_lengths, histogram_picture, histogram_text
-from data_tools.manifest import check_indexed, read_manifest
+from data_tools.manifest import DataError, check_indexed, read_manifest
 from data_tools.tokenizers import Tokenizer, load_tokenizer
 from data_tools.verify import check_same_tokenizer
 
@@ -25,7 +25,7 @@ def describe(
     tokenizer: decodes the documents, which else are shown as ids. shown: numbers of documents;
     those beyond the last are left out. histogram: a PNG to write. Raises DataError.
     """
-    files = check_indexed(prefix)
+    files = check_indexed(prefix, deep=True)
     manifest = read_manifest(prefix)
     model = load_tokenizer(tokenizer, eod_token=eod_token) if tokenizer else None
     if model and manifest:
@@ -69,7 +69,7 @@ def describe(
         if histogram:
             histogram_picture(lengths, histogram, Path(prefix).name)
     texts = {
-        number: _shown(files.document(number).tolist(), model)
+        number: _shown(f"{prefix}.bin, document {number}", files.document(number).tolist(), model)
         for number in shown
         if number < files.num_documents
     }
@@ -79,9 +79,14 @@ def describe(
     return "\n".join(lines), values
 
 
-def _shown(ids: list[int], model: Tokenizer | None) -> str:
+def _shown(place: str, ids: list[int], model: Tokenizer | None) -> str:
     if model is None:
         return " ".join(map(str, ids))
     if ids and ids[-1] == model.eod_id:
         ids = ids[:-1]
-    return model.decode(ids)
+    try:
+        return model.decode(ids)
+    except (IndexError, KeyError, OverflowError) as error:  # of a file without a manifest
+        raise DataError(
+            f"{place}: an id that {model.path} does not have; give the tokenizer that made it"
+        ) from error

@@ -274,7 +274,8 @@ class Manifest(_Record):
     """What computed the ids: the tokenizer's own library, or a faster one checked against it."""
     derived_from: list[str] = []
     """The prepared data that this was merged or split from."""
-    outputs: list[FileRecord]
+    outputs: list[FileRecord] = Field(min_length=2, max_length=2)
+    """PREFIX.bin and PREFIX.idx."""
     versions: dict[str, str]
 
 
@@ -299,6 +300,16 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
     """Writes PREFIX.manifest.json in one piece: a reader sees the old one or the new one."""
     write_atomically(manifest_path(prefix), manifest.model_dump_json(indent=1).encode() + b"\n")
+
+
+def check_content(path: Path, record: FileRecord, xxh3: str | None = None) -> None:
+    """Raises DataError where the size of `path`, or its hash where that is given, is another."""
+    size = path.stat().st_size
+    if size != record.bytes or xxh3 not in (None, record.xxh3):
+        raise DataError(
+            f"{path}: its content ({size} bytes) is not what the manifest describes "
+            f"({record.bytes} bytes, xxh3 {record.xxh3}); copy it again or prepare it again"
+        )
 
 
 # ---------------------------------------------------------------------------------------------

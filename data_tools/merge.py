@@ -19,7 +19,10 @@ from data_tools.manifest import (
     IndexedFiles,
     Manifest,
     bin_path,
+    check_content,
     check_indexed,
+    hash_file,
+    idx_path,
     manifest_path,
     map_blocks,
     read_manifest,
@@ -93,7 +96,8 @@ def split(
             stack.enter_context(IndexedWriter(f"{out_prefix}-{name}", vocab_size, dtype))
             for name in shares
         ]
-        _deal(files, writers, bounds, seed)
+        digest = _deal(files, writers, bounds, seed)
+        check_content(bin_path(prefix), manifest.outputs[0], digest)
         for name, writer in zip(shares, writers, strict=True):
             if not writer.num_documents:
                 raise DataError(f"{prefix}: no document falls to {name}; give it a larger share")
@@ -120,6 +124,8 @@ def _checked(prefix: str | Path) -> tuple[IndexedFiles, Manifest]:
         )
     if (files.num_documents, files.num_tokens) != (manifest.documents, manifest.tokens):
         raise DataError(f"{prefix}: its files do not belong together; see taid-data verify")
+    index = idx_path(prefix)
+    check_content(index, manifest.outputs[1], hash_file(index))
     return files, manifest
 
 
@@ -174,11 +180,7 @@ def _copy_tokens(files: IndexedFiles, manifest: Manifest, writer: IndexedWriter)
         if digest is not writer.digest:
             digest.update(block)
         writer.add_tokens(block)
-    if digest.hexdigest() != manifest.outputs[0].xxh3:
-        raise DataError(
-            f"{data}: its content is not what its manifest describes; copy it again or prepare it "
-            "again"
-        )
+    check_content(data, manifest.outputs[0], digest.hexdigest())
 
 
 def _copy_tables(files: IndexedFiles, writer: IndexedWriter) -> None:
@@ -190,7 +192,9 @@ def _copy_tables(files: IndexedFiles, writer: IndexedWriter) -> None:
 
 def _deal(
     files: IndexedFiles, writers: Sequence[IndexedWriter], bounds: list[int], seed: int
-) -> None:
+) -> str:
+    """Returns the hash of the tokens."""
+    digest = xxhash.xxh3_128()
     lengths, documents = files.sequence_lengths(), files.document_indices()
     with bin_path(files.prefix).open("rb", buffering=1 << 20) as stream:
         for first in range(0, files.num_documents, _DOCUMENTS_PER_STEP):
@@ -201,6 +205,7 @@ def _deal(
             sides = np.empty(sizes.size, dtype=np.int64)
             for number, size in enumerate(sizes.tolist()):
                 tokens = stream.read(size)
+                digest.update(tokens)
                 side = bisect_right(bounds, xxhash.xxh3_64_intdigest(tokens, seed))
                 writers[side].add_tokens(tokens)
                 sides[number] = side
@@ -208,3 +213,4 @@ def _deal(
             of_sequence = np.repeat(sides, counts)
             for side, writer in enumerate(writers):
                 writer.add_tables(cut[of_sequence == side], counts[sides == side])
+    return digest.hexdigest()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from data_tools.manifest import DataError
 from data_tools.readers import FORMATS, kind_of
-from data_tools.rows import Document, Format, ReadOptions
+from data_tools.rows import Document, Format, ReadOptions, one_line
 
 HUB = "hf://datasets/"
 
@@ -125,7 +125,7 @@ def fetch_from_hub(address: str) -> Path:
             "/".join(parts[:2]), repo_type="dataset", allow_patterns=patterns
         )
     except Exception as error:  # the client raises what its transport raises, too
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise DataError(
             f"{address}: could not be fetched ({type(error).__name__}: {reason}); check name, "
             "network and HF_ENDPOINT, or give a local copy"

@@ -26,6 +26,7 @@ from data_tools.rows import (
 )
 
 _ROWS_PER_BATCH = 64
+_TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
 
 class _Columnar(Format):
@@ -57,18 +58,19 @@ class Parquet(_Columnar):
 
     def pieces(self, file: Path, options: ReadOptions) -> list[Piece]:
         """Runs of whole row groups."""
+        size = check_not_empty(file)
         with self._open(file) as opened:
-            names = opened.schema_arrow.names
-            if options.text_column not in names:
-                raise DataError(f"{file}: {no_column(options, iter(names))}")
-            _check_is_text(file, opened.schema_arrow.field(options.text_column).type, options)
-            # A leaf column of that name: strings have no others below them.
-            leaf = [opened.schema.column(i).path for i in range(len(opened.schema))].index(
-                options.text_column
-            )
-            groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
-            sizes = [(group.num_rows, group.column(leaf).total_compressed_size) for group in groups]
-        return _runs(sizes)
+            _check_column(file, opened.schema_arrow, options)
+            # Of a row group nothing else is asked: what pyarrow finds wrong with a column's
+            # description there ends the process, and raises where the column is read.
+            groups = map(opened.metadata.row_group, range(opened.num_row_groups))
+            counts = [group.num_rows for group in groups]
+            if min(counts, default=0) < 0 or sum(counts) != opened.metadata.num_rows:
+                raise DataError(
+                    f"{file}: row groups of {counts[:9]} rows, {opened.metadata.num_rows} in all: "
+                    "damaged; fetch it again"
+                )
+        return _runs(counts, size)
 
     def _open(self, file: Path) -> Any:
         check_not_empty(file)
@@ -124,10 +126,7 @@ class Arrow(_Columnar):
         with arrow.memory_map(str(file)) as mapped:
             try:
                 reader = self._reader(arrow, mapped)
-                names = reader.schema.names
-                if options.text_column not in names:
-                    raise DataError(f"{file}: {no_column(options, iter(names))}")
-                _check_is_text(file, reader.schema.field(options.text_column).type, options)
+                _check_column(file, reader.schema, options)
                 counts = [batch.num_rows for batch in _record_batches(reader)]
             except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise DataError(
@@ -135,8 +134,7 @@ class Arrow(_Columnar):
                 ) from error
             if not hasattr(reader, "num_record_batches"):
                 return [Piece(0, sum(counts), size)] if sum(counts) else []
-        per_row = size / max(1, sum(counts))
-        return _runs([(count, int(count * per_row)) for count in counts])
+        return _runs(counts, size)
 
     def _reader(self, arrow: Any, mapped: Any) -> Any:
         import pyarrow.ipc
@@ -169,28 +167,40 @@ def _record_batches(reader: Any) -> Iterator[Any]:
     return iter(reader)
 
 
-def _runs(sizes: list[tuple[int, int]]) -> list[Piece]:
-    """Neighbouring (rows, bytes) together, up to PIECE_BYTES where they are smaller."""
+def _runs(counts: list[int], file_bytes: int) -> list[Piece]:
+    """Neighbours of so many rows together, up to PIECE_BYTES where they are smaller.
+
+    A row counts as its share of the file.
+    """
+    per_row = file_bytes / max(1, sum(counts))
     pieces: list[Piece] = []
     start = 0
-    for count, size in sizes:
-        if not count:
-            continue
+    for count in counts:
+        size = int(count * per_row)
         last = pieces[-1] if pieces else None
         if last and last.bytes + size <= rows.PIECE_BYTES:
             pieces[-1] = Piece(last.start, start + count, last.bytes + size)
-        else:
+        elif count:
             pieces.append(Piece(start, start + count, size))
         start += count
     return pieces
 
 
-def _check_is_text(file: Path, kind: Any, options: ReadOptions) -> None:
+def _check_column(file: Path, schema: Any, options: ReadOptions) -> None:
     from pyarrow import types
 
+    found = schema.names.count(options.text_column)
+    if not found:
+        raise DataError(f"{file}: {no_column(options, iter(schema.names))}")
+    if found > 1:
+        raise DataError(
+            f"{file}: {found} columns named {options.text_column!r}; choose another with "
+            "--text-column"
+        )
+    kind = schema.field(options.text_column).type
     if types.is_dictionary(kind):
         kind = kind.value_type
-    if str(kind) not in ("string", "large_string", "string_view", "binary", "large_binary"):
+    if str(kind) not in _TEXT_TYPES:
         raise DataError(
             f"{file}: {column_name(options)} holds {kind}, not text; choose another with "
             "--text-column"
@@ -198,15 +208,21 @@ def _check_is_text(file: Path, kind: Any, options: ReadOptions) -> None:
 
 
 def _as_bytes(arrow: Any, column: Any) -> Any:
-    """The strings as bytes, their offsets checked: each row is decoded, and blamed, on its own."""
+    """The strings as bytes: each row is decoded, and blamed, on its own.
+
+    A mapped file is taken as it is: nothing follows an offset or an index before it is checked.
+    """
     from pyarrow import types
 
     if types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if str(column.type) == "string_view":
-        column = column.cast(arrow.large_string())
-    bytes_type = arrow.large_binary() if "large" in str(column.type) else arrow.binary()
-    viewed = column.view(bytes_type)
+        column.indices.validate(full=True)
+        values = _as_bytes(arrow, column.dictionary)
+        return arrow.DictionaryArray.from_arrays(column.indices, values).dictionary_decode()
+    name = str(column.type)
+    if name.endswith("_view"):
+        viewed = column.view(arrow.binary_view())
+    else:
+        viewed = column.view(arrow.large_binary() if "large" in name else arrow.binary())
     viewed.validate(full=True)
     return viewed
 

@@ -11,7 +11,8 @@ import io
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,24 @@ import numpy as np
 import xxhash
 
 from data_tools.manifest import DataError, TokenizerRecord, hash_file, write_atomically
+from data_tools.rows import one_line
 
 END_OF_TEXT = "<|endoftext|>"
+_MOST_IDS = 1 << 31
 KNOWN_EOD_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 
 # How sentencepiece writes a space inside its pieces, and this character's bytes in UTF-8.
 _SPACE_MARK = "\u2581"
 _SPACE_MARK_PIECES = ("<0xE2>", "<0x96>", "<0x81>")
+
+
+class TextError(DataError):
+    """A text whose ids cannot be had; the message lacks its place."""
+
+    def __init__(self, row: int, reason: str):
+        super().__init__(reason)
+        self.row = row
+        """In the batch."""
 
 
 class Tokenizer(ABC):
@@ -81,6 +93,16 @@ def load_tokenizer(
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a .model, a tokenizer.json or a .tiktoken")
+    tokenizer = _load(path, eod_token, threads or usable_cpus(), parse_special)
+    if tokenizer.vocab_size > _MOST_IDS:
+        raise DataError(
+            f"{path}: its largest id is {tokenizer.vocab_size - 1}, which no int32 holds; give "
+            "another file"
+        )
+    return tokenizer
+
+
+def _load(path: Path, eod_token: str | None, threads: int, parse_special: bool) -> Tokenizer:
     if path.suffix == ".json":
         return JsonTokenizer(path, eod_token, parse_special)
     if path.suffix == ".tiktoken":
@@ -93,7 +115,7 @@ def load_tokenizer(
         raise DataError(
             f"{path}: sentencepiece finds no control tokens in a text; leave out --parse-special"
         )
-    return SentencePieceTokenizer(path, eod_token, threads or usable_cpus())
+    return SentencePieceTokenizer(path, eod_token, threads)
 
 
 def usable_cpus() -> int:
@@ -113,10 +135,8 @@ class SentencePieceTokenizer(Tokenizer):
 
         super().__init__(path)
         self.threads = threads
-        try:
+        with _reading(path, "a sentencepiece model"):
             self.model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        except RuntimeError as error:
-            raise DataError(f"{path}: not a sentencepiece model; give another file") from error
         self.vocab_size = self.model.vocab_size()
         self.eod_id = self._find_eod(eod_token)
         self._space_mark_ids = self._find_space_mark()
@@ -176,21 +196,26 @@ class JsonTokenizer(Tokenizer):
                 f"{path}: reading it needs the package `tokenizers`; pip install tokenizers"
             ) from error
         super().__init__(path)
-        try:
+        with _reading(path, "a tokenizer.json"):
             self.model: Any = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises bare Exception
-            raise DataError(f"{path}: not a tokenizer.json ({error}); give another file") from error
         # A tokenizer.json may carry the settings of some fine-tuning script.
         self.model.no_truncation()
         self.model.no_padding()
         self.model.encode_special_tokens = not parse_special
         self.parse_special = parse_special
-        self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self.model.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=-1) + 1
         self.eod_id = find_special_eod(path, self.model.token_to_id, eod_token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, without any added special token. Each int32 [n]."""
-        batch = self.model.encode_batch_fast(list(texts), add_special_tokens=False)
+        """Ids of each text, without any added special token. Each int32 [n]. Raises TextError."""
+        try:
+            batch = self.model.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception:  # bare: a word without an id, say, and no id for the unknown
+            for row, text in enumerate(texts):
+                with _encoding(row):
+                    self.model.encode_batch_fast([text], add_special_tokens=False)
+            raise
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in batch]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -217,39 +242,91 @@ class TiktokenTokenizer(Tokenizer):
         super().__init__(path)
         self.parse_special = parse_special
         beside = Path(f"{path}.json")
-        try:
-            description = json.loads(beside.read_bytes())
-            special: dict[str, int] = description["special_tokens"]
+        if not beside.is_file():
+            raise DataError(
+                f"{beside}: no such file; write the encoding's pattern and special tokens into it: "
+                '{"pattern": REGEX, "special_tokens": {TOKEN: ID}}'
+            )
+        mend = f'give the rank file, and "pattern" and "special_tokens" in {beside.name}'
+        with _reading(path, "a tiktoken encoding", mend):
+            settings = json.loads(beside.read_bytes())
+            special: dict[str, int] = settings["special_tokens"]
             pairs = (line.split() for line in path.read_bytes().splitlines() if line)
+            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+            missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+            if missing:
+                raise ValueError(f"no token for the byte {missing[0]:#04x}")
+            if twice := {*special.values()} & {*ranks.values()}:
+                raise ValueError(f"two tokens of the id {min(twice)}")
             self.model = tiktoken.Encoding(
                 path.name,
-                pat_str=description["pattern"],
-                mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in pairs},
+                pat_str=settings["pattern"],
+                mergeable_ranks=ranks,
                 special_tokens=special,
             )
             find_id = special.get
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise DataError(
-                f"{path}: not a tiktoken encoding ({type(error).__name__}: {error}); give the rank "
-                f'file, and "pattern" and "special_tokens" in {beside.name}'
-            ) from error
         both = self.fingerprint + hash_file(beside)
         self.fingerprint = xxhash.xxh3_128_hexdigest(both.encode())
         self.vocab_size = self.model.max_token_value + 1
         self.eod_id = find_special_eod(path, find_id, eod_token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text. Each int32 [n]."""
-        if self.parse_special:
-            return [
-                np.asarray(self.model.encode(text, allowed_special="all"), dtype=np.int32)
-                for text in texts
-            ]
-        return [np.asarray(self.model.encode_ordinary(text), dtype=np.int32) for text in texts]
+        """Ids of each text. Each int32 [n]. Raises TextError."""
+        return [self._encode(text, row) for row, text in enumerate(texts)]
+
+    def _encode(self, text: str, row: int) -> np.ndarray:
+        with _encoding(row):  # it panics over a million blanks
+            if self.parse_special:
+                ids = self.model.encode(text, allowed_special="all")
+            else:
+                ids = self.model.encode_ordinary(text)
+        # What its pattern does not match tiktoken leaves out without a word.
+        if self.model.decode_bytes(ids) != text.encode():
+            raise TextError(
+                row, f'the "pattern" in {self.path.name}.json leaves out some of it; mend that'
+            )
+        return np.asarray(ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens included."""
         return self.model.decode([int(token) for token in ids])
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust broke off: its exceptions derive from BaseException."""
+    return type(error).__name__ == "PanicException"
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Of a library's own, not of the disk, nor the user's Ctrl-C."""
+    return is_panic(error) or (isinstance(error, Exception) and not isinstance(error, OSError))
+
+
+@contextmanager
+def _reading(path: Path, kind: str, mend: str = "give another file") -> Iterator[None]:
+    """Raises DataError where what is done in it fails: the libraries raise even bare Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        reason = one_line(f"{type(error).__name__}: {error}")[:300]
+        raise DataError(f"{path}: not {kind} ({reason}); {mend}") from error
+
+
+@contextmanager
+def _encoding(row: int) -> Iterator[None]:
+    """Raises TextError where what is done in it fails."""
+    try:
+        yield
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        raise TextError(
+            row,
+            f"the tokenizer fails at this text ({one_line(error)[-200:]}); cut the text, or give "
+            "another tokenizer",
+        ) from error
 
 
 def find_special_eod(
@@ -360,10 +437,9 @@ def train_sentencepiece(texts: Iterable[str], out: str | Path, vocab_size: int) 
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
         raise DataError(
             f"{out}: {vocab_size} tokens cannot be learned from these texts; change --vocab-size "
-            f"or give more text ({reason})"
+            f"or give more text ({one_line(error)})"
         ) from error
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, model.getvalue())

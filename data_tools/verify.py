@@ -12,10 +12,10 @@ import xxhash
 from data_tools.manifest import (
     CHUNK_ROWS,
     DataError,
-    FileRecord,
     IndexedFiles,
     Manifest,
     bin_path,
+    check_content,
     check_indexed,
     hash_file,
     idx_path,
@@ -56,8 +56,7 @@ def verify(
     if manifest:
         _check_counts(files, manifest)
         for path, record in zip(_outputs(prefix), manifest.outputs, strict=True):
-            if path.stat().st_size != record.bytes:
-                raise _not_as_described(path, record)
+            check_content(path, record)
         checked += ["counts", "sizes"]
     else:
         unchecked += ["counts, sizes and hashes (there is no manifest)"]
@@ -136,9 +135,8 @@ def _read_tokens(
         del tokens  # lets go of the block
     if manifest:
         found = (digest.hexdigest(), hash_file(index))
-        for path, xxh3, record in zip((data, index), found, manifest.outputs, strict=True):
-            if xxh3 != record.xxh3:
-                raise _not_as_described(path, record)
+        for path, record, xxh3 in zip((data, index), manifest.outputs, found, strict=True):
+            check_content(path, record, xxh3)
 
 
 def _check_ids(data: Path, tokens: np.ndarray, position: int, vocab_size: int) -> None:
@@ -201,10 +199,3 @@ def _document_ends(files: IndexedFiles) -> Iterator[np.ndarray]:
         after = np.where(ends < files.num_sequences, pointers[inside] // files.dtype.itemsize, 0)
         after[ends == files.num_sequences] = files.num_tokens
         yield after - 1
-
-
-def _not_as_described(path: Path, record: FileRecord) -> DataError:
-    return DataError(
-        f"{path}: its content ({path.stat().st_size} bytes) is not what the manifest describes "
-        f"({record.bytes} bytes, xxh3 {record.xxh3}); copy it again or prepare it again"
-    )

@@ -20,7 +20,7 @@ from data_tools.engines import CheckedTokenizer
 from data_tools.indexed_writer import MOST_TOKENS_PER_SEQUENCE, token_dtype
 from data_tools.manifest import DataError, hash_file
 from data_tools.rows import Document, Fault, ReadOptions
-from data_tools.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer
+from data_tools.tokenizers import JsonTokenizer, TextError, Tokenizer, load_tokenizer
 from data_tools.units import Unit, read_unit
 
 # A batch ends here, so that memory follows neither the documents' number nor their length: the
@@ -109,7 +109,10 @@ class Encoder:
         return UnitResult(**counts, skipped_rows=listed)
 
     def _write(self, batch: list[Document], tokens: BinaryIO, lengths: BinaryIO) -> int:
-        encoded = self.tokenizer.encode_batch([document.text for document in batch])
+        try:
+            encoded = self.tokenizer.encode_batch([document.text for document in batch])
+        except TextError as error:
+            raise DataError(f"{batch[error.row].source}: {error}") from error
         sizes = np.array([ids.size for ids in encoded])
         self._check(batch, encoded, sizes)
         if self.job.append_eod:

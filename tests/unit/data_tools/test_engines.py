@@ -14,7 +14,7 @@ from data_tools import engines
 from data_tools.corpus import stdlib_root
 from data_tools.engines import AWKWARD_TEXTS, CheckedTokenizer, choose_engine
 from data_tools.manifest import DataError
-from data_tools.tokenizers import JsonTokenizer, load_tokenizer
+from data_tools.tokenizers import JsonTokenizer, TextError, load_tokenizer
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -30,6 +30,7 @@ NOT_TIKTOKENS = {
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
     ],
 }
+NO_STEPS = {"type": "Sequence", "pretokenizers": []}
 # Between words it matches nothing; that is still text.
 WORDS = r"\p{L}+"
 PRE_TOKENIZERS = {
@@ -132,6 +133,7 @@ def test_added_tokens_that_are_not_special_are_found_in_texts(tmp_path: Path) ->
     [
         ("gpt2", {"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
         ("gpt2", {"pre_tokenizer": None}, "no pre-tokenizer"),
+        ("gpt2", {"pre_tokenizer": NO_STEPS}, "no pre-tokenizer"),
         ("gpt2", {"pre_tokenizer": {"type": "Whitespace"}}, "not byte-level"),
         ("gpt2", {"pre_tokenizer": NOT_TIKTOKENS}, "a pattern that tiktoken does not read"),
     ],
@@ -173,9 +175,10 @@ def test_a_difference_while_running_stops(tmp_path: Path, monkeypatch: pytest.Mo
     (wrong,) = tokenizer.encode_batch(["some text"])  # one document is rarely re-checked
     assert set(wrong) == {tokenizer._engine._ids[1]}
     with pytest.raises(
-        DataError, match="different ids.*'some text'.*--engine tokenizers --restart"
-    ):
+        TextError, match=r"different ids by .*a\.json .*--engine tokenizers --restart"
+    ) as caught:
         tokenizer.encode_batch(["some text"] * 256 * 20)
+    assert 0 <= caught.value.row < 256 * 20
 
 
 def test_without_tiktoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +199,7 @@ def test_rank_files(tmp_path: Path) -> None:
     path = tmp_path / "a.tiktoken"
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
     path.write_text("".join(lines))
-    with pytest.raises(DataError, match="not a tiktoken encoding .*in a.tiktoken.json"):
+    with pytest.raises(DataError, match=r"a\.tiktoken\.json: no such file; write .*pattern"):
         load_tokenizer(path)
     beside = {"pattern": engines._GPT2, "special_tokens": {"<|endoftext|>": 699}}
     Path(f"{path}.json").write_text(json.dumps(beside))
@@ -209,6 +212,63 @@ def test_rank_files(tmp_path: Path) -> None:
     parsing = load_tokenizer(path, parse_special=True)
     assert parsing.encode_batch(["<|endoftext|>"])[0].tolist() == [699]
     assert parsing.fingerprint == model.fingerprint
-    beside["pattern"] = "."
+    beside["pattern"] = "[a-z]"
     Path(f"{path}.json").write_text(json.dumps(beside))
-    assert load_tokenizer(path).fingerprint != model.fingerprint
+    other = load_tokenizer(path)
+    assert other.fingerprint != model.fingerprint
+    assert other.decode(other.encode_batch(["abc"])[0]) == "abc"
+    with pytest.raises(TextError, match='"pattern" in a.tiktoken.json leaves out some') as caught:
+        other.encode_batch(["abc", "a1"])
+    assert caught.value.row == 1
+    with pytest.raises(TextError, match="the tokenizer fails at this text .*StackOverflow"):
+        model.encode_batch([" " * 3_000_000])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "beside", "fault"),
+    [
+        (b"YQ== 0\n", {}, r"no token for the byte 0x00.*; give the rank file"),
+        (b"YQ==\n", {}, "not enough values to unpack"),
+        (None, {"pattern": 7}, "not a tiktoken encoding .*TypeError"),
+        (None, {"special_tokens": None}, "not a tiktoken encoding"),
+        (None, {"special_tokens": {"<|endoftext|>": 1 << 40}}, "OverflowError"),
+        (None, {"special_tokens": {"<|endoftext|>": (1 << 32) - 1}}, "no int32 holds"),
+        (None, {"special_tokens": {"<|endoftext|>": 0}}, "two tokens of the id 0"),
+    ],
+)
+def test_unusable_rank_files(
+    tmp_path: Path, ranks: bytes | None, beside: dict[str, object], fault: str
+) -> None:
+    import base64
+
+    path = tmp_path / "a.tiktoken"
+    whole = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
+    path.write_bytes(whole if ranks is None else ranks)
+    settings = {"pattern": engines._GPT2, "special_tokens": {"<|endoftext|>": 256}}
+    Path(f"{path}.json").write_text(json.dumps({**settings, **beside}))
+    with pytest.raises(DataError, match=fault) as caught:
+        load_tokenizer(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_may_leave_out_what_the_package_fills_in(tmp_path: Path) -> None:
+    """GPT-2's own tokenizer.json does not say that its model is a BPE."""
+    path = train(tmp_path / "a.json", "gpt2")
+    written = json.loads(path.read_text())
+    del written["model"]["type"], written["model"]["byte_fallback"], written["added_tokens"]
+    path.write_text(json.dumps(written))
+    reference = load_tokenizer(path, eod_token="<|endoftext|>")
+    tokenizer, _ = choose_engine(reference, "tiktoken", lambda: ["some text"])
+    (found,) = tokenizer.encode_batch(["def f(x): 12"])
+    assert found.tolist() == reference.encode_batch(["def f(x): 12"])[0].tolist()
+
+
+def test_a_text_without_ids_is_told_by_its_place(tmp_path: Path) -> None:
+    model = hf.Tokenizer(models.WordLevel({"known": 0, "</s>": 1}))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.save(str(tmp_path / "a.json"))
+    reference = load_tokenizer(tmp_path / "a.json")
+    with pytest.raises(TextError, match="the tokenizer fails at this text .*UNK.*; cut") as caught:
+        reference.encode_batch(["known", "known", "unknown", "known"])
+    assert caught.value.row == 2

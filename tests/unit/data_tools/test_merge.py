@@ -13,6 +13,7 @@ from data_tools.blend import write_blend
 from data_tools.indexed_writer import IndexedWriter
 from data_tools.lengths import document_lengths, histogram_text
 from data_tools.manifest import (
+    HEADER,
     DataError,
     Manifest,
     check_indexed,
@@ -113,18 +114,24 @@ def test_what_does_not_belong_together_is_not_merged(tmp_path: Path) -> None:
     without = write(tmp_path / "without", SECOND, append_eod=False)
     damaged = write(tmp_path / "damaged", SECOND)
     flip(Path(f"{damaged}.bin"), 4)
+    uncut = write(tmp_path / "uncut", SECOND)
+    flip(Path(f"{uncut}.idx"), HEADER.size)  # the length of its first sequence
     bare = write(tmp_path / "bare", SECOND)
     manifest_path(bare).unlink()
     for second, fault in (
         (other, "another tokenizer than"),
         (without, "another end of document than"),
-        (damaged, "its content is not what its manifest describes"),
+        (damaged, r"damaged\.bin: its content .* is not what the manifest describes"),
+        (uncut, r"uncut\.idx: its content .* is not what the manifest describes"),
         (bare, "which tokenizer made the data is not known"),
     ):
         with pytest.raises(DataError, match=fault):
             merge([a, second], tmp_path / "x")
-    with pytest.raises(DataError, match=r"damaged\.bin: its content is not what its manifest"):
+    with pytest.raises(DataError, match=r"damaged\.bin: its content .* is not what the manifest"):
         merge([damaged, a], tmp_path / "x")
+    for prefix, name in ((damaged, "bin"), (uncut, "idx")):
+        with pytest.raises(DataError, match=rf"\.{name}: its content .* is not what the manifest"):
+            split(prefix, {"a": 0.5, "b": 0.5}, tmp_path / "x")
     for prefixes, out, fault in (([a], tmp_path / "x", "two"), ([a, a], a, "another --out")):
         with pytest.raises(DataError, match=fault):
             merge(prefixes, out)
