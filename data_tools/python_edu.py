@@ -29,6 +29,8 @@ from data_tools.sources import find_sources
 
 ENDPOINT = "https://softwareheritage.s3.amazonaws.com/content"
 PART_ROWS = 5000
+# A part of at least so many rows, all of them gone, tells of the address rather than of the rows.
+_ALL_GONE = 100
 # Answers that another try does not change: the object is not there, or not for us.
 _GONE = {403: "forbidden", 404: "deleted", 410: "deleted"}
 
@@ -72,8 +74,8 @@ def fetch_python_edu(
 ) -> FetchProgress:
     """Fetches the contents of the `blob_id` column of the inputs (Parquet) into OUT.
 
-    Raises DataError where an input is no such table, or a content could not be had after all tries
-    (what is done stays, and the same call goes on).
+    Raises DataError where an input is no such table, a content could not be had after all tries, or
+    none of a whole part is there (what is done stays, and the same call goes on).
     """
     settings = settings or FetchSettings()
     folders = Path(out) / "text", Path(out) / "left-out"
@@ -89,6 +91,12 @@ def fetch_python_edu(
             done = folders[1] / f"{name}.jsonl"
             if not done.exists():
                 found = list(pool.map(client.fetch, _blob_ids(file, piece)))
+                if len(found) >= _ALL_GONE and not any(content.text for content in found):
+                    notes = ", ".join(sorted({content.note or "" for content in found}))
+                    raise DataError(
+                        f"{settings.endpoint}: none of {len(found)} contents is there ({notes}); "
+                        "check --endpoint and the network"
+                    )
                 _write_part(found, folders[0] / f"{name}.jsonl.gz", done)
             lines = [json.loads(line) for line in done.read_text("utf-8").splitlines()]
             missing = sum(not line["kept"] for line in lines)

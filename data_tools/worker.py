@@ -28,6 +28,7 @@ from data_tools.units import Unit, read_unit
 _BATCH_DOCUMENTS = 64
 _BATCH_CHARACTERS = 1 << 18
 MOST_LISTED = 1000
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,9 @@ class Workers:
     """
 
     def __init__(self, job: Job, tokenizer: Tokenizer, count: int):
+        self.job = job
         self.count = count
+        self._given: list[tuple[int, Unit, Future[UnitResult]]] = []
         self._local = Encoder(job, tokenizer) if count == 1 else None
         self._pool: ProcessPoolExecutor | None = None
         if count > 1:
@@ -194,15 +197,31 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
             raise ChildProcessError(
-                "a worker process died, killed or out of memory; the same command goes on, "
-                "with fewer --workers perhaps"
+                f"a worker process died, killed or out of memory{self._at_work()}; the same "
+                "command goes on, with fewer --workers perhaps"
             ) from error
+
+    def _at_work(self) -> str:
+        """The files of the units that were begun and not finished."""
+        files = [
+            str(source.path)
+            for number, unit, future in self._given
+            if not future.cancelled()
+            and future.exception()
+            and tokens_file(self.job.folder, number).exists()
+            for source, _ in unit
+        ]
+        shown = list(dict.fromkeys(files))[:_MOST_NAMED]
+        return f" (at work on {', '.join(shown)})" if shown else ""
 
     def encode(self, number: int, unit: Unit) -> Future[UnitResult]:
         """The unit's result, its files written."""
         if self._local:
             return _now(self._local.encode, number, unit)
-        return self._submit(_encode, number, unit)
+        future = self._submit(_encode, number, unit)
+        self._given = [given for given in self._given if not given[2].done()]
+        self._given.append((number, unit, future))
+        return future
 
     def hash_file(self, path: Path) -> Future[str]:
         """xxh3-128 of a file."""

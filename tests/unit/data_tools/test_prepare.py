@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from data_tools import rows
 from data_tools.engines import CheckedTokenizer
 from data_tools.manifest import DataError, check_indexed, hash_file, read_manifest
 from data_tools.prepare import Progress, Settings, prepare
-from data_tools.tokenizers import SentencePieceTokenizer
+from data_tools.tokenizers import SentencePieceTokenizer, TextError
 from data_tools.units import Shard
 from data_tools.verify import verify
 from tests.unit.data_tools.test_engines import train as train_bpe
@@ -333,11 +335,12 @@ def test_a_difference_between_engines_stops_a_worker(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def differ(self: CheckedTokenizer, texts: list[str]) -> list[np.ndarray]:
-        raise DataError("different ids")
+        raise TextError(0, "different ids")
 
     path = train_bpe(tmp_path / "bpe.json", "gpt2")
     monkeypatch.setattr(CheckedTokenizer, "encode_batch", differ)
-    with pytest.raises(DataError, match="different ids"):
+    first = r"corpus\.jsonl, row 1: different ids"
+    with pytest.raises(DataError, match=first):
         prepare([corpus], path, tmp_path / "a", Settings(text_column="body", workers=1))
 
 
@@ -351,9 +354,32 @@ def test_a_worker_that_dies_is_told(
     settings = Settings(workers=2)
     with pytest.raises(ChildProcessError, match="a worker process died.*the same command goes on"):
         prepare([many], tokenizer.path, tmp_path / "a", settings, progress=kill_a_worker)
+    assert not list((tmp_path / "a.work").glob("unit-*"))
     run(many, tokenizer, tmp_path / "a", text_column="text")
     run(many, tokenizer, tmp_path / "b", text_column="text")
     assert content(tmp_path / "a")["idx"] == content(tmp_path / "b")["idx"]
+
+
+def test_a_worker_that_dies_at_work_names_its_files(
+    tokenizer: SentencePieceTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a library ends the process over one file, the line leads to that file."""
+    monkeypatch.setattr(rows, "PIECE_BYTES", 300)  # a unit each
+    line = json.dumps({"text": "some words to count\n" * 400}) + "\n"
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(line.encode() * 2000))
+
+    def kill_the_workers() -> None:
+        while not list((tmp_path / "out.work").glob("unit-*.tokens")):
+            time.sleep(0.01)
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    thread = threading.Thread(target=kill_the_workers)
+    thread.start()
+    with pytest.raises(ChildProcessError, match=r"\(at work on [^)]*[ab]\.jsonl\.gz\); the same"):
+        prepare([tmp_path / "*.gz"], tokenizer.path, tmp_path / "out", Settings(workers=2))
+    thread.join()
 
 
 def test_memory_does_not_follow_the_corpus(

@@ -148,3 +148,20 @@ def test_bad_inputs_are_named(tmp_path: Path, ids: Path, server: str) -> None:
     fetch_python_edu([ids], tmp_path / "c", settings(server))
     with pytest.raises(DataError, match="begun with other inputs"):
         fetch_python_edu([tmp_path / "evil.parquet"], tmp_path / "c", settings(server))
+
+
+def test_an_address_that_has_nothing_is_not_taken_for_deletions(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = [f"{number:039x}9" for number in range(16)]
+    pq.write_table(pa.table({"blob_id": [*IDS[:8], *gone]}), tmp_path / "ids.parquet")
+    monkeypatch.setattr(python_edu, "PART_ROWS", 8)
+    monkeypatch.setattr(python_edu, "_ALL_GONE", 8)
+    with pytest.raises(
+        DataError, match=r"/content: none of 8 contents is there .deleted.; check --endpoint"
+    ):
+        fetch_python_edu([tmp_path / "ids.parquet"], tmp_path / "out", settings(server))
+    assert len(list((tmp_path / "out/left-out").iterdir())) == 1
+    monkeypatch.setattr(python_edu, "_ALL_GONE", 9)
+    done = fetch_python_edu([tmp_path / "ids.parquet"], tmp_path / "out", settings(server))
+    assert done.left_out == 17
