@@ -17,7 +17,7 @@ from data_tools.inspection import describe
 from data_tools.manifest import DataError
 from data_tools.readers import FORMATS, kind_of
 from data_tools.rows import Fault, ReadOptions
-from data_tools.tokenizers import load_tokenizer
+from data_tools.tokenizers import TextError, load_tokenizer
 from data_tools.verify import verify
 
 LONGEST_SECONDS = 30.0
@@ -36,7 +36,10 @@ def load(path: Path) -> list[str]:
     if path.suffixes[-2:] == [".tiktoken", ".json"]:
         path = path.with_suffix("")
     tokenizer, _ = choose_engine(load_tokenizer(path), "auto", lambda: ["def f(x): return 12"])
-    tokenizer.decode(tokenizer.encode_batch(["hello  world\n", "漢字"])[0].tolist())
+    try:
+        tokenizer.decode(tokenizer.encode_batch(["hello  world\n", "漢字"])[0].tolist())
+    except TextError as error:  # the place is the caller's to add
+        return [f"{path}: {error}"]
     return []
 
 
