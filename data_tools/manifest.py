@@ -187,7 +187,8 @@ def _check_tables(files: IndexedFiles) -> None:
         position = int(ends[-1])
     documents = files.document_indices()
     for first in range(0, files.num_documents, CHUNK_ROWS):
-        wrong = np.flatnonzero(np.diff(documents[first : first + CHUNK_ROWS + 1]) < 0)
+        ends = documents[first : first + CHUNK_ROWS + 1]
+        wrong = np.flatnonzero(ends[1:] < ends[:-1])  # not their difference: it may overflow
         if wrong.size:
             raise _damaged(index, f"document {first + wrong[0]} ends before it starts")
 

@@ -93,6 +93,12 @@ DEEP = {
         "document 2 ends before it starts",
         lambda p: overwrite(Path(f"{p}.idx"), DOCUMENTS + 16, struct.pack("<q", 4)),
     ),
+    "order, 2^63 apart": (
+        "document 1 ends before it starts",
+        lambda p: overwrite(
+            Path(f"{p}.idx"), DOCUMENTS + 8, struct.pack("<3q", 1 << 31, 2 - (1 << 63), 0)
+        ),
+    ),
 }
 
 
