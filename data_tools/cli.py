@@ -80,7 +80,7 @@ def prepare_command(
         str | None, typer.Option(help="i/n: this machine's part of the work; merge them later.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="smollm-corpus: INPUTS is its folder, OUT a folder.")
+        str | None, typer.Option(help="smollm-corpus: INPUTS are its folders, OUT a folder.")
     ] = None,
     weight: Annotated[
         list[str] | None, typer.Option(help="PART=WEIGHT of a preset; none given: by size.")
@@ -127,11 +127,9 @@ def prepare_command(
                 )
             }
         else:
-            if len(inputs) != 1:
-                raise DataError(f"--preset {preset} takes one folder, not {len(inputs)} inputs")
             made = prepare_preset(
                 preset,
-                inputs[0],
+                inputs,
                 tokenizer,
                 out,
                 settings,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.engines import choose_engine
+from data_tools.hub import fetch_first_rows
 from data_tools.indexed_writer import token_dtype
 from data_tools.journal import Journal, finish_publishing
 from data_tools.manifest import (
@@ -71,6 +72,8 @@ class Settings:
             raise DataError(f"shard {self.shard}; give i/n with i from 1 to n")
         if self.shard and self.token_budget is not None:
             raise DataError("a shard cannot know when all reach --token-budget; leave one out")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise DataError(f"fraction {self.fraction}; give a number above 0 and up to 1")
         if self.token_budget is not None and self.token_budget < 1:
             raise DataError(f"token budget {self.token_budget}; give a number above 0")
 
@@ -128,11 +131,13 @@ def prepare(
     reference = load_tokenizer(
         tokenizer, eod_token=settings.eod_token, threads=1, parse_special=settings.parse_special
     )
+    files, rows_elsewhere = fetch_first_rows(inputs, settings.fraction)
     plan = make_plan(
-        find_sources(inputs),
+        find_sources(files),
         settings.read_options(),
         skip_faults=settings.skip_faults,
         fraction=settings.fraction,
+        rows_elsewhere=rows_elsewhere,
         shard=settings.shard,
     )
     if not plan.units:

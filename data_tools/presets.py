@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_tools.blend import write_blend
+from data_tools.hub import is_on_hub
 from data_tools.manifest import DataError, Manifest
 from data_tools.prepare import Progress, Settings, prepare
-from data_tools.sources import HUB, fetch_from_hub
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,18 @@ class CorpusPart:
     """How to come by the files where they are missing."""
 
 
-PRESETS: dict[str, tuple[str, tuple[CorpusPart, ...]]] = {
+PRESETS: dict[str, tuple[CorpusPart, ...]] = {
     # Sizes: the data set's card. Weights by size are the corpus as it is; what blend other models
     # were trained on was not published with it.
     "smollm-corpus": (
-        f"{HUB}HuggingFaceTB/smollm-corpus",
-        (
-            CorpusPart("cosmopedia-v2", "cosmopedia-v2/*.parquet", 28e9),
-            CorpusPart("fineweb-edu-dedup", "fineweb-edu-dedup/*.parquet", 220e9),
-            CorpusPart(
-                "python-edu",
-                "python-edu/text/*.jsonl.gz",
-                4e9,
-                "its Parquet files hold ids only: taid-data fetch-python-edu '{root}/python-edu/"
-                "*.parquet' --out {root}/python-edu",
-            ),
+        CorpusPart("cosmopedia-v2", "cosmopedia-v2/*.parquet", 28e9),
+        CorpusPart("fineweb-edu-dedup", "fineweb-edu-dedup/*.parquet", 220e9),
+        CorpusPart(
+            "python-edu",
+            "python-edu/text/*.jsonl.gz",
+            4e9,
+            "its Parquet files hold ids only: taid-data fetch-python-edu '{source}' --out "
+            "{folder}/python-edu",
         ),
     ),
 }
@@ -49,7 +46,7 @@ def preset_parts(preset: str, chosen: Sequence[str] = ()) -> tuple[CorpusPart, .
     """The corpus' parts, or those of these names. Raises DataError for names that it lacks."""
     if preset not in PRESETS:
         raise DataError(f"preset {preset!r}; there is {', '.join(PRESETS)}")
-    _, parts = PRESETS[preset]
+    parts = PRESETS[preset]
     unknown = {*chosen} - {part.name for part in parts}
     if unknown:
         names = ", ".join(part.name for part in parts)
@@ -59,7 +56,7 @@ def preset_parts(preset: str, chosen: Sequence[str] = ()) -> tuple[CorpusPart, .
 
 def prepare_preset(
     preset: str,
-    root: str | Path,
+    roots: Sequence[str | Path],
     tokenizer: str | Path,
     out_folder: str | Path,
     settings: Settings,
@@ -68,40 +65,52 @@ def prepare_preset(
     progress: Callable[[str, Progress], None] = lambda part, state: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Manifest]:
-    """Prepares each part of the corpus below `root` as OUT/PART, then writes OUT/blend.yaml.
+    """Prepares each part of the corpus as OUT/PART, then writes OUT/blend.yaml.
 
-    weights: of the parts to prepare, by name; none: all parts, by their published sizes. A token
-    budget is dealt out by the weights; a fraction holds for each part, in the order of its files'
-    names, which its manifest lists. A part that is done is not done again. Raises DataError.
+    roots: copies of the data set, or its address on the hub; a part is taken from the first that
+    has it. weights: of the parts to prepare, by name; none: all parts, by their published sizes. A
+    token budget is dealt out by the weights; a fraction holds for each part, in the order of its
+    files' names, which its manifest lists. A part that is done is not done again. Raises DataError.
     """
-    if str(root).startswith(HUB):
-        root = fetch_from_hub(str(root))
     parts = preset_parts(preset, list(weights or {}))
     shares = {part.name: (weights or {}).get(part.name, part.tokens) for part in parts}
-    patterns = {}
-    for part in parts:
-        patterns[part.name] = str(Path(root) / part.pattern)
-        if not any(Path(root).glob(part.pattern)):
-            hint = part.mend.format(root=root) if part.mend else "check the folder"
-            raise DataError(
-                f"{patterns[part.name]}: no such file; {hint}, or name the other parts by --weight"
-            )
+    inputs = {part.name: _find(part, roots) for part in parts}
     made = {}
     for part in parts:
         own = replace(settings, reuse=not settings.restart)
         if settings.token_budget is not None:
             share = shares[part.name] / sum(shares.values())
             own = replace(own, token_budget=max(1, round(settings.token_budget * share)))
-        say(f"{part.name}: {patterns[part.name]}")
+        say(f"{part.name}: {inputs[part.name]}")
 
         def show(state: Progress, name: str = part.name) -> None:
             progress(name, state)
 
         prefix = Path(out_folder) / part.name
         made[part.name] = prepare(
-            [patterns[part.name]], tokenizer, prefix, own, progress=show, say=say
+            [inputs[part.name]], tokenizer, prefix, own, progress=show, say=say
         )
     if settings.shard is None:
         used = {str(Path(out_folder) / name): share for name, share in shares.items()}
         write_blend(used, Path(out_folder) / "blend.yaml")
     return made
+
+
+def _find(part: CorpusPart, roots: Sequence[str | Path]) -> str:
+    """The part's files, as an input for `prepare`."""
+    folder, _, files = part.pattern.rpartition("/")
+    for root in roots:
+        if not is_on_hub(root):
+            if any(Path(root).glob(part.pattern)):
+                return str(Path(root) / part.pattern)
+        elif files.endswith(".parquet"):
+            return f"{str(root).rstrip('/')}/{folder}"
+    local = [root for root in roots if not is_on_hub(root)]
+    first, target = roots[0], [*local, "smollm-corpus"][0]
+    source = f"{first}/{part.name}" + ("" if is_on_hub(first) else "/*.parquet")
+    hint = part.mend.format(source=source, folder=target) or "check the folder"
+    if not local:
+        hint += f", and give {target} beside it"
+    raise DataError(
+        f"{roots[0]}/{part.pattern}: no such file; {hint}, or name the other parts by --weight"
+    )

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from data_tools.hub import fetch_from_hub, is_on_hub
 from data_tools.manifest import DataError
 from data_tools.readers import FORMATS, kind_of
-from data_tools.rows import Document, Format, ReadOptions, one_line
-
-HUB = "hf://datasets/"
+from data_tools.rows import Document, Format, ReadOptions
 
 
 class Source(NamedTuple):
@@ -75,7 +74,7 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
 
 def _files(given: str | Path) -> list[Path]:
     path = Path(given)
-    if str(given).startswith(HUB):
+    if is_on_hub(given):
         path = fetch_from_hub(str(given))
     if path.is_file():
         return [path]
@@ -105,32 +104,6 @@ def _check_one_kind(folder: Path, files: list[Path]) -> None:
             f"{folder}: holds {kind} files and others ({kinds['text'].name}); name those that are "
             f"meant by a pattern, such as '{folder}/**/*{other.suffix}'"
         )
-
-
-def fetch_from_hub(address: str) -> Path:
-    """The local folder of `hf://datasets/OWNER/NAME[/FOLDER]`, downloaded where it is not cached.
-
-    Only Parquet, Arrow and JSON-lines files are fetched. Raises DataError where that fails.
-    """
-    parts = address.removeprefix(HUB).strip("/").split("/")
-    if len(parts) < 2 or not all(parts):
-        raise DataError(f"{address}: not {HUB}OWNER/NAME or {HUB}OWNER/NAME/FOLDER; mend it")
-    try:
-        import huggingface_hub
-
-        below = "/".join([*parts[2:], ""])
-        endings = ("parquet", "arrow", "jsonl", "jsonl.gz", "jsonl.zst")
-        patterns = [f"{below}{stars}*.{end}" for end in endings for stars in ("", "**/")]
-        folder = huggingface_hub.snapshot_download(
-            "/".join(parts[:2]), repo_type="dataset", allow_patterns=patterns
-        )
-    except Exception as error:  # the client raises what its transport raises, too
-        reason = one_line(error)[:300]
-        raise DataError(
-            f"{address}: could not be fetched ({type(error).__name__}: {reason}); check name, "
-            "network and HF_ENDPOINT, or give a local copy"
-        ) from error
-    return Path(folder, *parts[2:])
 
 
 def sample_texts(documents: Iterable[Document], max_bytes: int) -> list[str]:

@@ -5,12 +5,12 @@ A unit is some pieces of files that follow each other. Its number is its place i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from data_tools import rows
+from data_tools.hub import share_of
 from data_tools.manifest import DataError
 from data_tools.rows import Fault, Piece, ReadOptions, Row
 from data_tools.sources import Source
@@ -64,13 +64,14 @@ def make_plan(
     *,
     skip_faults: bool = False,
     fraction: float | None = None,
+    rows_elsewhere: int = 0,
     shard: Shard | None = None,
 ) -> Plan:
     """Cuts the sources into units.
 
     skip_faults: collect files that cannot be read, do not raise. fraction: the first share of all
-    rows (tables) or bytes (other files), rounded up. shard: keep that part of the units only.
-    Raises DataError.
+    rows (tables) or bytes (other files), rounded up; rows_elsewhere: of files behind the sources,
+    which are not needed for it. shard: keep that part of the units only. Raises DataError.
     """
     parts: list[Part] = []
     faults: list[Fault] = []
@@ -85,7 +86,7 @@ def make_plan(
             continue
         parts += [Part(source, piece) for piece in pieces]
     if fraction is not None:
-        parts = _first(parts, fraction)
+        parts = _first(parts, fraction, rows_elsewhere)
     units = list(_units(parts))
     if shard is not None:
         units = units[_start(shard.index - 1, shard, units) : _start(shard.index, shard, units)]
@@ -97,15 +98,12 @@ def _start(index: int, shard: Shard, units: list[Unit]) -> int:
     return index * len(units) // shard.count
 
 
-def _first(parts: list[Part], fraction: float) -> list[Part]:
-    if not 0 < fraction <= 1:
-        raise DataError(f"fraction {fraction}; give a number above 0 and up to 1")
+def _first(parts: list[Part], fraction: float, rows_elsewhere: int) -> list[Part]:
     by_rows = {part.source.format.counts == "rows" for part in parts}
     if len(by_rows) > 1:
         raise DataError("a fraction of tables together with other files; prepare them apart")
     sizes = [_size(part) for part in parts]
-    # Exact for the fractions that people write: 0.1 of 10 is 1, not 2.
-    left = math.ceil(round(sum(sizes) * fraction, 6))
+    left = share_of(sum(sizes) + rows_elsewhere, fraction)
     kept: list[Part] = []
     for part, size in zip(parts, sizes, strict=True):
         if left <= 0:

@@ -34,32 +34,6 @@ def test_a_folder_of_tables_with_other_files_is_not_guessed_at(tmp_path: Path) -
     assert len(find_sources([str(tmp_path / "**/*.jsonl")])) == 1
 
 
-def test_hub_datasets_are_fetched_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def download(name: str, **options: object) -> str:
-        asked.append((name, options))
-        return str(tmp_path)
-
-    (tmp_path / "part").mkdir()
-    (tmp_path / "part/a.jsonl").write_text('{"text": "a"}\n')
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    (document,) = Corpus(["hf://datasets/owner/name/part"])
-    assert document.text == "a"
-    ((name, options),) = asked
-    assert (name, options["repo_type"]) == ("owner/name", "dataset")
-    assert "part/**/*.parquet" in options["allow_patterns"]  # type: ignore[operator]
-
-    def fail(*_: object, **__: object) -> str:
-        raise OSError("no\nroute")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(DataError, match=r"could not be fetched \(OSError: no route\)"):
-        find_sources(["hf://datasets/owner/name"])
-    with pytest.raises(DataError, match="not hf://datasets/OWNER/NAME"):
-        find_sources(["hf://datasets/owner"])
-
-
 def test_a_sample_is_spread_evenly_and_bounded() -> None:
     documents = [Document(f"{number:04d}", Path("made up")) for number in range(1000)]
     texts = sample_texts(documents, max_bytes=600)
