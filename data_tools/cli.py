@@ -14,10 +14,11 @@ from typing import Annotated, Any
 import typer
 
 from data_tools.manifest import DataError
+from data_tools.manual import OVERVIEW, examples
 
 app = typer.Typer(
     help="Prepare, check and look at token files for training.",
-    add_completion=False,
+    epilog=OVERVIEW,
     rich_markup_mode=None,
 )
 
@@ -44,7 +45,28 @@ _INTERRUPTED = 130  # the shell's code for Ctrl-C
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
-@app.command("prepare")
+def _print_version(asked: bool) -> None:
+    if asked:
+        from data_tools.prepare import versions
+
+        for name, version in versions().items():
+            print(f"{name:<20}{version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Versions of all parts."
+        ),
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command("prepare", epilog=examples("prepare"))
 def prepare_command(
     inputs: Inputs,
     tokenizer: TokenizerFile,
@@ -91,7 +113,10 @@ def prepare_command(
     log: Annotated[Path | None, typer.Option(help="File that gets lines of progress.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tokenize texts into OUT.bin, OUT.idx and OUT.manifest.json. Goes on where it was stopped."""
+    """Turn texts into token files.
+
+    Writes OUT.bin, OUT.idx and OUT.manifest.json. Goes on where it was stopped.
+    """
     from data_tools.display import progress_display, report
     from data_tools.prepare import Settings, prepare
     from data_tools.presets import prepare_preset
@@ -149,7 +174,7 @@ def prepare_command(
     report(as_json, "\n".join(lines), values)
 
 
-@app.command("fetch-python-edu")
+@app.command("fetch-python-edu", epilog=examples("fetch-python-edu"))
 def fetch_command(
     inputs: Annotated[list[str], typer.Argument(help="python-edu's Parquet files.")],
     out: Annotated[Path, typer.Option(help="Folder for text/ and left-out/.")],
@@ -160,7 +185,10 @@ def fetch_command(
     tries: Annotated[int, typer.Option(min=1, help="Per content, with growing waits.")] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch the contents of SmolLM-Corpus' python-edu. Goes on where it was stopped."""
+    """Fetch python-edu's contents by their ids.
+
+    Of SmolLM-Corpus. Goes on where it was stopped.
+    """
     from data_tools.display import report
     from data_tools.python_edu import ENDPOINT, FetchProgress, FetchSettings, fetch_python_edu
 
@@ -181,7 +209,7 @@ def fetch_command(
     )
 
 
-@app.command("tokenizer")
+@app.command("tokenizer", epilog=examples("tokenizer"))
 def tokenizer_command(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="*.model: sentencepiece BPE; *.json: byte-level BPE.")],
@@ -206,18 +234,21 @@ def tokenizer_command(
     )
 
 
-@app.command("corpus")
+@app.command("corpus", epilog=examples("corpus"))
 def corpus_command(
     out: Annotated[Path, typer.Argument(help="Folder for train.jsonl and held_out.jsonl.")],
 ) -> None:
-    """Write a small real corpus without a download: the standard library's own sources."""
+    """Write a small corpus without a download.
+
+    It is the sources of Python's standard library: train.jsonl and held_out.jsonl.
+    """
     from data_tools.corpus import write_stdlib_corpus
 
     for path, documents in write_stdlib_corpus(out).values():
         print(f"{path}: {documents:,} documents, {path.stat().st_size / 1e6:.1f} MB")
 
 
-@app.command("inspect")
+@app.command("inspect", epilog=examples("inspect"))
 def inspect_command(
     prefix: Prefix,
     tokenizer: Annotated[
@@ -231,7 +262,7 @@ def inspect_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show counts, lengths of documents and some documents."""
+    """Show counts, lengths and some documents."""
     from data_tools.display import report
     from data_tools.inspection import describe
 
@@ -245,7 +276,7 @@ def inspect_command(
     report(as_json, text, values)
 
 
-@app.command("verify")
+@app.command("verify", epilog=examples("verify"))
 def verify_command(
     prefix: Prefix,
     fast: Annotated[
@@ -257,7 +288,10 @@ def verify_command(
     eod_token: EodToken = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check the files: structure, index, hashes, ids, ends of documents, counts."""
+    """Check that the files are whole and right.
+
+    Structure, index, counts, sizes, hashes, ids in the vocabulary, ends of documents.
+    """
     from data_tools.display import report
     from data_tools.tokenizers import load_tokenizer
     from data_tools.verify import verify
@@ -284,13 +318,16 @@ def verify_command(
     )
 
 
-@app.command("merge")
+@app.command("merge", epilog=examples("merge"))
 def merge_command(
     prefixes: Annotated[list[Path], typer.Argument(help="Prefixes, in order.")],
     out: Annotated[Path, typer.Option(help="Prefix of the files to write.")],
     as_json: AsJson = False,
 ) -> None:
-    """Lay prepared files one after the other: shards of one run, or corpora."""
+    """Join token files, one after the other.
+
+    Shards of one run give what the run without shards writes; or other corpora of one tokenizer.
+    """
     from data_tools.display import report
     from data_tools.merge import merge
 
@@ -299,7 +336,7 @@ def merge_command(
     report(as_json, text, {str(out): merged.model_dump()})
 
 
-@app.command("split")
+@app.command("split", epilog=examples("split"))
 def split_command(
     prefix: Prefix,
     shares: Annotated[list[str], typer.Argument(help="NAME=SHARE ..., adding up to 1.")],
@@ -307,7 +344,10 @@ def split_command(
     seed: Annotated[int, typer.Option(min=0, help="Another seed is another split.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Deal documents out by their hash: split web train=0.99 validation=0.01 --out web."""
+    """Deal documents out by their hashes.
+
+    Equal documents go the same way, and none changes sides when others come or go.
+    """
     from data_tools.display import report
     from data_tools.merge import split
 
@@ -321,13 +361,13 @@ def split_command(
     report(as_json, "\n".join(lines), values)
 
 
-@app.command("blend")
+@app.command("blend", epilog=examples("blend"))
 def blend_command(
     parts: Annotated[list[str], typer.Argument(help="PREFIX=WEIGHT ..., or PREFIX ... by tokens.")],
     out: Annotated[Path, typer.Option(help="The YAML file to write.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write a blend for the trainer: taid-megatron train CONFIG "data.blend=$(cat FILE)"."""
+    """Write weights as the trainer takes them."""
     from data_tools.blend import write_blend
     from data_tools.display import report
 

@@ -213,7 +213,7 @@ def _describe(plan: Plan, tokenizer: Tokenizer, settings: Settings) -> dict[str,
         "options": settings.options().model_dump(),
         "engine": tokenizer.engine,
         "dtype": str(token_dtype(tokenizer.vocab_size)),
-        "libraries": {name: found for name, found in _versions().items() if name in _TOKENIZING},
+        "libraries": {name: one for name, one in versions().items() if name in _TOKENIZING},
     }
 
 
@@ -325,7 +325,7 @@ def _manifest(plan: Plan, journal: Journal, tokenizer: Tokenizer, settings: Sett
             "tokens": journal.tokens,
             "engine": tokenizer.engine,
             "outputs": journal.write_outputs(),
-            "versions": _versions(),
+            "versions": versions(),
         }
     )
 
@@ -333,11 +333,12 @@ def _manifest(plan: Plan, journal: Journal, tokenizer: Tokenizer, settings: Sett
 _TOKENIZING = ("sentencepiece", "tokenizers", "tiktoken")
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of the packages that make the tokens, as far as they are installed."""
+    found = {"python": platform.python_version()}
     for package in ("taid-megatron", "numpy", "pyarrow", *_TOKENIZING):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:  # pyarrow and tiktoken are optional
             continue
-    return versions
+    return found

@@ -1,10 +1,13 @@
 """The command: what it prints, one line where the input is bad, and its exit codes."""
 
+import functools
 import gzip
 import json
 import os
+import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pyarrow as pa
@@ -310,3 +313,37 @@ def test_fetching_is_a_command(
     options = ("--out", tmp_path / "f", "--tries", 1, "--endpoint", "http://127.0.0.1:9")
     code, _, error = run(capsys, "fetch-python-edu", ids, *options)
     assert (code, "no content after 1 tries" in error) == (2, True)
+
+
+COMMANDS = [info.name for info in cli.app.registered_commands]
+
+
+def test_the_examples_of_the_manual_parse(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command has some, and each is a line that the command takes."""
+    ran = []
+    for info in cli.app.registered_commands:
+        assert info.callback
+        replaced = functools.wraps(info.callback)(lambda name=info.name, **_: ran.append(name))
+        monkeypatch.setattr(info, "callback", replaced)
+    for name in COMMANDS:
+        code, shown, _ = run(capsys, name, "--help")
+        lines = shown.partition("Examples:\n")[2].splitlines()
+        assert (code, bool(lines)) == (0, True), name
+        ran.clear()
+        for line in (line.strip() for line in lines if "taid-data" in line):
+            code, _, error = run(capsys, *shlex.split(line)[1:])
+            assert code == 0, (line, error)
+        assert {*ran} == {name}
+        assert all(len(line) <= 100 for line in lines), lines
+
+
+def test_the_overview_and_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    _, shown, _ = run(capsys, "--help")
+    commands = shown.partition("Commands:")[2].partition("Where")[0]
+    assert all(f"  {name} " in commands for name in COMMANDS)
+    assert "..." not in commands
+    code, shown, _ = run(capsys, "--version")
+    found = dict(line.split() for line in shown.splitlines())
+    assert (code, found["tiktoken"]) == (0, metadata.version("tiktoken"))
