@@ -48,6 +48,12 @@ _GPT2_AFTER_DIGITS = (
 # quotes, Chinese characters.
 _NOT_STABLE = re.compile("[^\\0-\u02ff\u2010-\u2027\u4e00-\u9fff]")
 
+# Scripts of which some version of Unicode has digits that another one lacks: the package asks two.
+_RARE_DIGITS = re.compile("[\U00010000-\U0001efff]")
+_NOTHING = re.compile(r"(?!)")
+# Classes that the two libraries' regular expressions fill alike; \w and [:alpha:] are others.
+_ALIKE = frozenset("pPsSdDrnt")
+
 
 class UnsupportedError(Exception):
     """Why tiktoken cannot stand in for a tokenizer."""
@@ -79,6 +85,7 @@ class TiktokenEngine:
         ranks, self._ids = _ranks(description["model"])
         self._bytes = np.array([*map(len, ranks)])
         pattern = _pattern(description["pre_tokenizer"])
+        self._left_out = _RARE_DIGITS if pattern == _GPT2_AFTER_DIGITS else _NOTHING
         try:
             self._encode = tiktoken.Encoding(
                 reference.path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
@@ -93,6 +100,8 @@ class TiktokenEngine:
 
     def _by_tiktoken(self, text: str) -> np.ndarray | None:
         """None for a text that it cannot do."""
+        if self._left_out.search(text):
+            return None
         normalized = self._normalize(text)
         if self._in_text and (self._in_text.search(text) or self._in_text.search(normalized)):
             return None
@@ -185,8 +194,10 @@ def _normalizer(reference: JsonTokenizer, description: Any) -> Callable[[str], s
 def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray]:
     """(rank of each token's bytes, ids by rank).
 
-    tiktoken merges the pair whose result has the lowest rank: ranks follow the merges' order, with
-    the single bytes in front.
+    tiktoken joins the pair whose result has the lowest rank: ranks follow the merges' order, with
+    the single bytes in front. A token that the merges do not make out of its own bytes they make
+    nowhere, for what happens between its ends does not depend on what stands around it: it is left
+    out. With all others both do the same.
     """
     if model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback"):
         raise UnsupportedError("not a plain BPE")
@@ -194,18 +205,27 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray]:
         raise UnsupportedError("a BPE with prefixes or suffixes")
     to_byte = {character: byte for byte, character in enumerate(_byte_characters())}
     vocab: dict[str, int] = model["vocab"]
-    merged = [
-        "".join(merge if isinstance(merge, list) else merge.split(" ", 1))
-        for merge in model["merges"]
-    ]
-    if any(token not in vocab for token in (*to_byte, *merged)):
+    merged = ["".join(merge) for merge in model["merges"]]
+    if any(token not in vocab for token in to_byte):
         raise UnsupportedError("a vocabulary without all bytes")
     if len(set(merged)) != len(merged):  # several ways to one token: a file made from ranks
         merged = sorted(set(merged), key=vocab.__getitem__)
-    order = [*to_byte, *(token for token in merged if token not in to_byte)]
+    made = _made_by_merges(model, merged)
+    if model.get("ignore_merges") and len(made) + len(to_byte) < len(vocab):
+        raise UnsupportedError("a vocabulary with tokens that no merge makes")
+    order = [*to_byte, *(token for token in merged if token in made)]
     latin = str.maketrans({character: chr(byte) for character, byte in to_byte.items()})
     ranks = {token.translate(latin).encode("latin-1"): i for i, token in enumerate(order)}
     return ranks, np.array([vocab[token] for token in order], dtype=np.int32)
+
+
+def _made_by_merges(model: dict[str, Any], tokens: Sequence[str]) -> set[str]:
+    """Those of the tokens that the reference makes out of their own characters."""
+    import tokenizers
+
+    merges = json.dumps({"model": {**model, "ignore_merges": False}})
+    bpe = tokenizers.Tokenizer.from_str(merges).model
+    return {token for token in tokens if len(token) > 1 and len(bpe.tokenize(token)) == 1}
 
 
 def _byte_characters() -> list[str]:
@@ -234,8 +254,17 @@ def _pattern(description: dict[str, Any] | None) -> str:
         (split,) = before
         pattern = split["pattern"].get("Regex")
         if pattern and split["behavior"] == "Isolated" and not split["invert"]:
+            _check_alike(pattern)
             return _grouped(pattern)
     raise UnsupportedError("a pre-tokenizer of another form")
+
+
+def _check_alike(pattern: str) -> None:
+    escapes = re.findall(r"\\(.)", pattern)
+    others = sorted({letter for letter in escapes if letter.isalnum()} - _ALIKE)
+    if others or "[:" in pattern:
+        name = f"\\{others[0]}" if others else "[:"
+        raise UnsupportedError(f"a pattern with {name}, of which tiktoken makes something else")
 
 
 def _grouped(pattern: str) -> str:
