@@ -51,6 +51,7 @@ _NOT_STABLE = re.compile("[^\\0-\u02ff\u2010-\u2027\u4e00-\u9fff]")
 # Scripts of which some version of Unicode has digits that another one lacks: the package asks two.
 _RARE_DIGITS = re.compile("[\U00010000-\U0001efff]")
 _NOTHING = re.compile(r"(?!)")
+_BLANKS = 100_000
 # Classes that the two libraries' regular expressions fill alike; \w and [:alpha:] are others.
 _ALIKE = frozenset("pPsSdDrnt")
 
@@ -100,7 +101,7 @@ class TiktokenEngine:
 
     def _by_tiktoken(self, text: str) -> np.ndarray | None:
         """None for a text that it cannot do."""
-        if self._left_out.search(text):
+        if self._left_out.search(text) or _is_blank_for_long(text):
             return None
         normalized = self._normalize(text)
         if self._in_text and (self._in_text.search(text) or self._in_text.search(normalized)):
@@ -116,6 +117,13 @@ class TiktokenEngine:
                 raise
             return None
         return self._ids[ranks] if is_whole else None
+
+
+def _is_blank_for_long(text: str) -> bool:
+    """Over a run of a million blanks tiktoken panics, with a hundred lines on stderr."""
+    # Twice as long a run fills one of these parts; isspace ends at the first other character.
+    starts = range(0, len(text) - _BLANKS + 1, _BLANKS)
+    return any(text[start : start + _BLANKS].isspace() for start in starts)
 
 
 class CheckedTokenizer(Tokenizer):

@@ -22,11 +22,11 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Annotated, Any, BinaryIO, TextIO
 
 import numpy as np
 import xxhash
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from data_tools.indexed_writer import read_table, remove_published, write_index
 from data_tools.manifest import (
@@ -45,14 +45,17 @@ from data_tools.worker import MOST_LISTED, UnitResult, lengths_file, tokens_file
 _SYNC_SECONDS = 10.0  # what a power cut may cost; a kill costs nothing that was finished
 
 
+_Count = Annotated[int, Field(ge=0, lt=1 << 48)]  # more is no count
+
+
 class UnitEntry(BaseModel):
     """A finished unit, as the journal keeps it."""
 
-    unit: int
-    documents: int
-    tokens: int
-    empty: int
-    skipped: int
+    unit: _Count
+    documents: _Count
+    tokens: _Count
+    empty: _Count
+    skipped: _Count
     skipped_rows: list[str]
     xxh3: str
     """Of its token ids as stored."""
@@ -93,12 +96,13 @@ class Journal:
 
     def _open(self, plan: dict[str, Any], restart: bool) -> None:
         described = self.folder / "plan.json"
-        if restart:
+        # Without its plan, as a restart that was cut short may leave it, work is nobody's.
+        if restart or not described.exists():
             for file in self.folder.iterdir():
                 if file.name != "lock":
                     file.unlink()
         if described.exists():
-            _check_same(self.folder, json.loads(described.read_bytes()), plan)
+            _check_same(self.folder, _read_plan(described), plan)
         else:
             write_atomically(described, json.dumps(plan, indent=1).encode() + b"\n")
         for file in self.folder.glob("unit-*"):  # of a killed run
@@ -189,10 +193,10 @@ class Journal:
         """Whether the unit's bytes are there; moves `ends` behind them."""
         if entry.unit != len(self.units):
             return False
+        if os.fstat(self._lengths.fileno()).st_size < ends[1] + 4 * entry.documents:
+            return False
         self._lengths.seek(ends[1])
         raw = self._lengths.read(4 * entry.documents)
-        if len(raw) != 4 * entry.documents:
-            return False
         if np.frombuffer(raw, np.int32).sum(dtype=np.int64) != entry.tokens:
             return False
         self._tokens.seek(ends[0])
@@ -282,7 +286,7 @@ def _parsed(line: bytes) -> UnitEntry | SourceEntry | None:
     try:
         values = json.loads(line)
         return (UnitEntry if "unit" in values else SourceEntry).model_validate(values)
-    except ValueError:
+    except (ValueError, TypeError):  # also of what is no object
         return None
 
 
@@ -325,6 +329,16 @@ def _lock_folder(folder: Path) -> BinaryIO:
         except FileNotFoundError:
             pass
         lock.close()
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads(path.read_bytes())
+    except ValueError:
+        plan = None
+    if not isinstance(plan, dict):
+        raise DataError(f"{path}: damaged; drop the work in its folder with --restart")
+    return plan
 
 
 def _check_same(folder: Path, begun: dict[str, Any], plan: dict[str, Any]) -> None:

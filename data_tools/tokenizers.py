@@ -93,6 +93,8 @@ def load_tokenizer(
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a .model, a tokenizer.json or a .tiktoken")
+    if eod_token is not None and not eod_token.isprintable():
+        raise DataError(f"--eod-token {eod_token!a}: not a token's text; give another")
     tokenizer = _load(path, eod_token, threads or usable_cpus(), parse_special)
     if tokenizer.vocab_size > _MOST_IDS:
         raise DataError(
@@ -135,8 +137,11 @@ class SentencePieceTokenizer(Tokenizer):
 
         super().__init__(path)
         self.threads = threads
+        content = path.read_bytes()
+        if not content:  # taken for no model, which is found out at the first call
+            raise DataError(f"{path}: zero bytes; give another file")
         with _reading(path, "a sentencepiece model"):
-            self.model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=content)
         self.vocab_size = self.model.vocab_size()
         self.eod_id = self._find_eod(eod_token)
         self._space_mark_ids = self._find_space_mark()
@@ -198,9 +203,11 @@ class JsonTokenizer(Tokenizer):
         super().__init__(path)
         with _reading(path, "a tokenizer.json"):
             self.model: Any = tokenizers.Tokenizer.from_file(str(path))
-        # A tokenizer.json may carry the settings of some fine-tuning script.
+        # A tokenizer.json may carry the settings of some training script.
         self.model.no_truncation()
         self.model.no_padding()
+        if getattr(self.model.model, "dropout", None):
+            self.model.model.dropout = None  # it makes the ids a matter of chance
         self.model.encode_special_tokens = not parse_special
         self.parse_special = parse_special
         ids = self.model.get_vocab(with_added_tokens=True).values()

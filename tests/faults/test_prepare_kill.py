@@ -151,9 +151,52 @@ def test_killed_again_and_again_on_the_way(tmp_path: Path, inputs: tuple[Path, P
         assert (tmp_path / f"a.{name}").read_bytes() == whole
 
 
+def test_a_restart_that_is_killed_leaves_nothing_to_the_next_run(
+    tmp_path: Path, inputs: tuple[Path, Path]
+) -> None:
+    """Work by other settings is not taken up because its plan was the first file to go."""
+    tokenizer, corpus = inputs
+
+    def run(**changes: bool) -> None:
+        prepare([corpus], tokenizer, tmp_path / "a", Settings(workers=1, **changes))
+
+    def run_and_die(number: int, **changes: bool) -> None:
+        die_before_step(number)
+        run(**changes)
+
+    run()
+    expected = outputs(tmp_path / "a")
+    assert in_a_child(lambda: run_and_die(30, append_eod=False)) == KILLED
+    assert (tmp_path / "a.work/journal.jsonl").read_bytes()
+    (tmp_path / "a.work/plan.json").unlink()  # as far as the restart came
+    run()
+    assert outputs(tmp_path / "a") == expected
+
+
+def test_a_damaged_plan_is_told(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+    tokenizer, corpus = inputs
+    for content in (b"", b"[1]", b'{"sources": ', b"\xff"):
+        (tmp_path / "a.work").mkdir()
+        (tmp_path / "a.work/plan.json").write_bytes(content)
+        with pytest.raises(DataError, match=r"plan\.json: damaged; drop the work .*--restart"):
+            prepare([corpus], tokenizer, tmp_path / "a", Settings(workers=1))
+        prepare([corpus], tokenizer, tmp_path / "a", Settings(workers=1, restart=True))
+
+
 DAMAGE = {
     "line cut": ("journal.jsonl", lambda raw: raw[:-5]),
     "line changed": ("journal.jsonl", lambda raw: raw.replace(b'"tokens":', b'"tokens":1', 1)),
+    "line of a number": ("journal.jsonl", lambda raw: b"5\n" + raw),
+    "line of a list": ("journal.jsonl", lambda raw: b"[]\n" + raw),
+    "less than none": ("journal.jsonl", lambda raw: raw.replace(b'"documents":', b'"documents":-')),
+    "count of 10^14": (
+        "journal.jsonl",
+        lambda raw: raw.replace(b'"documents":', b'"documents":99999999999999', 1),
+    ),
+    "count of 10^40": (
+        "journal.jsonl",
+        lambda raw: raw.replace(b'"documents":', b'"documents":' + b"9" * 40, 1),
+    ),
     "tokens cut": ("tokens", lambda raw: raw[:-1]),
     "tokens lost": ("tokens", lambda raw: b""),
     "tokens changed": ("tokens", lambda raw: raw[:50] + bytes([raw[50] ^ 1]) + raw[51:]),

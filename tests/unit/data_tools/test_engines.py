@@ -113,7 +113,7 @@ def test_the_same_ids(checked: dict[str, CheckedTokenizer], form: str, text: str
 @pytest.mark.parametrize("form", PRE_TOKENIZERS)
 def test_real_texts_and_long_runs(checked: dict[str, CheckedTokenizer], form: str) -> None:
     texts = [file.read_text() for file in sorted((stdlib_root() / "email").glob("*.py"))]
-    texts += [*AWKWARD_TEXTS, " " * 50_000 + "a", "a" * 3000, "\n" * 50_000]
+    texts += [*AWKWARD_TEXTS, " " * 50_000 + "a", "a" * 3000, "\n" * 50_000, "x" + " " * 200_000]
     for text in texts:
         (expected,) = checked[form].reference.encode_batch([text])
         assert checked[form].encode_batch([text])[0].tolist() == expected.tolist()
@@ -182,7 +182,11 @@ def test_added_tokens_that_are_not_special_are_found_in_texts(tmp_path: Path) ->
         ("gpt2", {"pre_tokenizer": None}, "no pre-tokenizer"),
         ("gpt2", {"pre_tokenizer": NO_STEPS}, "no pre-tokenizer"),
         ("gpt2", {"pre_tokenizer": {"type": "Whitespace"}}, "not byte-level"),
-        ("gpt2", {"pre_tokenizer": split_by(r"\p{In_Basic_Latin}")}, "a pattern that tiktoken does not"),
+        (
+            "gpt2",
+            {"pre_tokenizer": split_by(r"\p{In_Basic_Latin}")},
+            "a pattern that tiktoken does not",
+        ),
         ("gpt2", {"pre_tokenizer": split_by(r"\w+|[^\w]+")}, r"a pattern with \\w, of which"),
         ("gpt2", {"pre_tokenizer": split_by(r"\X")}, r"a pattern with \\X"),
         ("gpt2", {"pre_tokenizer": split_by(r"[[:alpha:]]+|.")}, r"a pattern with \[:"),

@@ -162,7 +162,25 @@ def test_json_tokenizers_end_of_document_is_not_guessed(
         load_tokenizer(path, eod_token="<nothing>")
 
 
+def test_ids_are_no_matter_of_chance(tmp_path: Path) -> None:
+    """A dropout that a training script has left in the file is not applied."""
+    path = json_tokenizer(tmp_path / "a.json", ["<|endoftext|>"])
+    whole = load_tokenizer(path).encode_batch(AWKWARD)
+    written = json.loads(path.read_text())
+    written["model"]["dropout"] = 0.9
+    path.write_text(json.dumps(written))
+    for _ in range(3):
+        batch = load_tokenizer(path).encode_batch(AWKWARD)
+        assert [ids.tolist() for ids in batch] == [ids.tolist() for ids in whole]
+
+
 def test_unusable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "zero.model").touch()
+    for eod_token in (None, "</s>"):
+        with pytest.raises(DataError, match=r"zero\.model: zero bytes; give another"):
+            load_tokenizer(tmp_path / "zero.model", eod_token=eod_token)
+    with pytest.raises(DataError, match=r"--eod-token '\\udcff': not a token's text"):
+        load_tokenizer(tmp_path / "zero.model", eod_token="\udcff")
     for name, fault in [("a.model", "not a sentencepiece"), ("a.json", "not a tokenizer.json")]:
         (tmp_path / name).write_text("nonsense")
         with pytest.raises(DataError, match=f"{name}: {fault}"):
