@@ -175,7 +175,7 @@ def _batches(rows: Iterable[Document | Fault]) -> Iterator[list[Document] | Faul
 class Workers:
     """Does units and hashes files, in `count` processes; with one, in this process.
 
-    A context manager; leaving it waits for what is being done.
+    A context manager; leaving it by an exception ends the processes at once.
     """
 
     def __init__(self, job: Job, tokenizer: Tokenizer, count: int):
@@ -194,6 +194,11 @@ class Workers:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._pool:
+            if error:
+                # A second Ctrl-C would else leave the interpreter waiting for what nobody needs.
+                # Python 3.14 has a name for it, terminate_workers.
+                for process in list((self._pool._processes or {}).values()):
+                    process.terminate()
             self._pool.shutdown(cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
             raise ChildProcessError(
@@ -229,7 +234,12 @@ class Workers:
 
     def _submit(self, function: Any, *arguments: object) -> Future[Any]:
         assert self._pool
-        return self._pool.submit(function, *arguments)
+        # A process that is started inherits the mask: Ctrl-C is not for it, from its first moment.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self._pool.submit(function, *arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _now(function: Any, *arguments: object) -> Future[Any]:
@@ -248,7 +258,6 @@ def _start_worker(job: Job) -> None:
     global _encoder
     # One process per core: libraries that start threads of their own would fight for the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = Encoder(job, job.load_tokenizer())
 

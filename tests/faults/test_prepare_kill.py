@@ -269,6 +269,38 @@ def test_workers_and_parent_killed_at_random(tmp_path: Path) -> None:
         assert (tmp_path / f"a.{ending}").read_bytes() == whole
 
 
+@pytest.mark.parametrize("moments", [(0.3,), (0.5,), (0.4, 0.1), (0.8, 0.3)])
+def test_interrupted_from_the_keyboard(tmp_path: Path, moments: tuple[float, ...]) -> None:
+    """Ctrl-C reaches all processes of a terminal. Twice, while the workers start or work: no
+    process stays, and a line is said, not each process' last words."""
+    tokenizer, corpus = tmp_path / "bpe.json", tmp_path / "in.jsonl"
+    text = (stdlib_root() / "json/decoder.py").read_text()
+    train_tokenizer([text], tokenizer, 700)
+    corpus.write_text((json.dumps({"text": text}) + "\n") * 3000)
+    command = [sys.executable, "-m", "data_tools.cli", "prepare", str(corpus), "--workers", "2"]
+    command += ["--tokenizer", str(tokenizer), "--engine", "tokenizers", "--out"]
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "a")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    while not (tmp_path / "a.work").exists():  # from here on it can tell
+        time.sleep(0.001)
+    for moment in moments:
+        time.sleep(moment)
+        os.killpg(process.pid, signal.SIGINT)
+    try:
+        printed = process.communicate(timeout=60)[0].decode()
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail("a process went on")
+    assert process.returncode in (130, -signal.SIGINT)  # the second one may meet its last moments
+    assert (
+        printed == "taid-data: interrupted; nothing was published, and the same command goes on\n"
+    )
+
+
 def test_two_runs_into_one_prefix(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
     """The second is refused while the first works; killed, the first is no obstacle."""
     tokenizer, corpus = inputs
