@@ -6,6 +6,9 @@ interrupted by Ctrl-C. Commands import what they run when they run.
 
 from __future__ import annotations
 
+import errno
+import io
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +44,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 # typer's parser is click, its own copy or the package, by version: reached by its base class.
 _UsageError: Any = typer.BadParameter.__bases__[0]
+_WRONG_PATH = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+}
+_MOST_MEGABYTES = 1 << 20
 _INTERRUPTED = 130  # the shell's code for Ctrl-C
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -131,7 +145,7 @@ def prepare_command(
         engine=engine,
         workers=workers,
         skip_faults=on_error == "skip",
-        max_document_bytes=int(max_document_mb * (1 << 20)),
+        max_document_bytes=_bytes("--max-document-mb", max_document_mb, 1 << 20),
         fraction=fraction,
         token_budget=None if token_budget is None else _number(token_budget),
         shard=None if shard is None else _shard(shard),
@@ -213,7 +227,7 @@ def fetch_command(
 def tokenizer_command(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="*.model: sentencepiece BPE; *.json: byte-level BPE.")],
-    vocab_size: Annotated[int, typer.Option(min=1, help="Number of tokens.")],
+    vocab_size: Annotated[int, typer.Option(min=1, max=1 << 24, help="Number of tokens.")],
     text_column: TextColumn = "text",
     sample_mb: Annotated[
         float, typer.Option(min=0.001, help="Text to learn from, spread over the inputs. MB.")
@@ -225,7 +239,7 @@ def tokenizer_command(
     from data_tools.sources import Corpus, sample_texts
     from data_tools.tokenizers import train_tokenizer
 
-    texts = sample_texts(Corpus(inputs, text_column), int(sample_mb * 1e6))
+    texts = sample_texts(Corpus(inputs, text_column), _bytes("--sample-mb", sample_mb, 10**6))
     train_tokenizer(texts, out, vocab_size)
     report(
         as_json,
@@ -391,6 +405,12 @@ def _weights(parts: Sequence[str]) -> dict[str, float | None]:
     return found
 
 
+def _bytes(option: str, megabytes: float, unit: int) -> int:
+    if not math.isfinite(megabytes) or megabytes > _MOST_MEGABYTES:
+        raise DataError(f"{option} {megabytes}; give at most {_MOST_MEGABYTES}")
+    return int(megabytes * unit)
+
+
 def _number(text: str) -> int:
     suffix = text[-1:].upper()
     try:
@@ -403,20 +423,24 @@ def _shard(text: str) -> Any:
     from data_tools.units import Shard
 
     index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal()):
+    if not all(part.isdecimal() and len(part) < 10 for part in (index, count)):
         raise DataError(f"shard {text!r}; give i/n, such as 1/4")
     return Shard(int(index), int(count))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits with its code. arguments: default sys.argv[1:]."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 shows \\u escapes
+        sys.stdout.reconfigure(errors="backslashreplace")
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments, prog_name="taid-data", standalone_mode=False)
-    except (DataError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
+    except DataError as error:
         _fail(2, str(error))
     except OSError as error:
-        _fail(1, f"{error}; nothing was published")
+        if error.errno in _WRONG_PATH:
+            _fail(2, f"{error}; give another path")
+        _fail(1, f"{error}; give the same command again once that is mended")
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except _UsageError as error:
@@ -427,7 +451,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(code: int, message: str) -> None:
-    print(f"taid-data: {message}", file=sys.stderr)
+    line = message.replace("\n", "\\n").replace("\r", "\\r")  # names of files may hold such
+    print(f"taid-data: {line}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,13 @@ Show = Callable[[str, Progress], None]
 
 
 def report(as_json: bool, text: str, values: dict[str, Any]) -> None:
-    """A command's result on stdout: for people, or one JSON object."""
-    print(json.dumps(values) if as_json else text)
+    """A command's result on stdout: for people, or one JSON object. Exits where that fails."""
+    try:
+        print(json.dumps(values) if as_json else text, flush=True)
+    except BrokenPipeError:  # whoever reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        sys.exit(f"taid-data: the work is done, but this could not be printed: {error}")
 
 
 def eta_seconds(state: Progress) -> float | None:
@@ -74,11 +80,11 @@ def progress_display(log: Path | None = None) -> Iterator[tuple[Show, Callable[[
 
             shows.append(_every(10.0, note))
             says.append(note)
+        waiting: list[str] = []
         if sys.stderr.isatty():
             shows.append(stack.enter_context(_bar()))
         else:
-            shows.append(_every(10.0, _to(sys.stderr)))
-        waiting: list[str] = []
+            shows.append(_every(10.0, _to(sys.stderr), waiting.append))
         says.append(_to(sys.stderr) if sys.stderr.isatty() else waiting.append)
 
         def show(name: str, state: Progress) -> None:
@@ -98,12 +104,16 @@ def _to(stream: TextIO) -> Callable[[str], None]:
     return lambda text: print(text, file=stream)
 
 
-def _every(seconds: float, say: Callable[[str], None]) -> Show:
+def _every(
+    seconds: float, say: Callable[[str], None], say_last: Callable[[str], None] | None = None
+) -> Show:
     last = time.monotonic()
 
     def show(name: str, state: Progress) -> None:
         nonlocal last
-        if time.monotonic() - last >= seconds or state.bytes_read == state.bytes_total:
+        if state.bytes_read == state.bytes_total:
+            (say_last or say)(line(name, state))
+        elif time.monotonic() - last >= seconds:
             last = time.monotonic()
             say(line(name, state))
 

@@ -28,11 +28,12 @@ from data_tools.manifest import (
     Manifest,
     Options,
     check_indexed,
+    hash_file,
     manifest_path,
     read_manifest,
 )
 from data_tools.rows import Document, ReadOptions
-from data_tools.sources import find_sources
+from data_tools.sources import Source, find_sources
 from data_tools.tokenizers import Tokenizer, load_tokenizer, usable_cpus
 from data_tools.units import Plan, Shard, Unit, make_plan, read_unit
 from data_tools.worker import MOST_LISTED, Job, UnitResult, Workers
@@ -140,7 +141,7 @@ def prepare(
         rows_elsewhere=rows_elsewhere,
         shard=settings.shard,
     )
-    if not plan.units:
+    if not plan.units and settings.shard is None:
         raise DataError(
             f"{inputs[0]}: nothing to prepare in the inputs; give other files or shards"
         )
@@ -177,21 +178,34 @@ def _made_before(
     manifest = read_manifest(prefix)
     if manifest is None or manifest.tokenizer != tokenizer.record():
         return None
-    written = manifest_path(prefix).stat().st_mtime_ns
-    given = [(str(path), size) for path, _, size, mtime in plan.sources if mtime <= written]
-    found = [(record.name, record.bytes) for record in manifest.sources]
+    if manifest.options != settings.options() or (manifest.skipped and not settings.skip_faults):
+        return None
+    given = plan.sources
     if settings.token_budget is not None:  # the rest was not needed
-        given = given[: len(found)]
-    if manifest.options != settings.options() or given != found:
+        given = given[: len(manifest.sources)]
+    written = manifest_path(prefix).stat().st_mtime_ns
+    if len(given) != len(manifest.sources) or not all(
+        _is_recorded(source, record, written)
+        for source, record in zip(given, manifest.sources, strict=True)
+    ):
         return None
     check_indexed(prefix)
     return manifest
 
 
+def _is_recorded(source: Source, record: FileRecord, written: int) -> bool:
+    """Whether the file is the one of the record, which was written at that time, in ns."""
+    if (str(source.path), source.bytes) != (record.name, record.bytes):
+        return False
+    # A copy may keep the time of its original, but not that of its own last change.
+    changed = max(source.mtime_ns, source.path.stat().st_ctime_ns)
+    return changed <= written or hash_file(source.path) == record.xxh3
+
+
 def _sample(plan: Plan, options: ReadOptions) -> list[str]:
     """Texts from places all over the plan; a two-hundredth of it, within bounds."""
     left = max(1 << 16, min(1 << 20, plan.bytes // 200))
-    units = plan.units[:: -(-len(plan.units) // 16)]
+    units = plan.units[:: max(1, -(-len(plan.units) // 16))]
     texts = []
     for unit in units:
         share = left // len(units)
@@ -251,7 +265,7 @@ def _work(
             )
         _ask_hashes(workers, journal, hashes, plan.units[: len(journal.units)])
         _take_hashes(journal, hashes, only_done=False)
-    if not journal.tokens:
+    if not journal.tokens and settings.shard is None:
         raise DataError(f"{plan.sources[0].path}: no text in the inputs; give files with some")
     for source in plan.sources:
         stat = source.path.stat()

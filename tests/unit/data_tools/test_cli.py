@@ -17,6 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 from data_tools import cli, rows
+from data_tools.manifest import DataError
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -71,6 +72,19 @@ def test_bad_input_is_one_line_and_code_2(
     options = ("--tokenizer", model_path, "--out", tmp_path / "a")
     cases = {
         ("prepare", tmp_path / "none", *options): "none: no such file",
+        ("prepare", text, *options, "--max-document-mb", "inf"): "--max-document-mb inf; give at",
+        (
+            "prepare",
+            text,
+            *options,
+            "--max-document-mb",
+            "nan",
+        ): "Invalid value for '--max-document-mb'",
+        ("prepare", text, *options, "--max-document-mb", "1e300"): "--max-document-mb 1e+300; give",
+        ("prepare", text, *options, "--shard", f"1/{'9' * 5000}"): "give i/n, such as 1/4",
+        ("prepare", text, *options, "--fraction", "nan"): "fraction nan; give a number above 0",
+        ("tokenizer", text, "--out", "x.json", "--vocab-size", 10**23): "not in the range",
+        ("tokenizer", text, "--out", "x.json", "--vocab-size", 9, "--sample-mb", "inf"): "inf; gi",
         ("prepare", bad, *options): "bad.jsonl, row 1: no column 'text'",
         ("prepare", text, "--tokenizer", text, "--out", tmp_path / "a"): "unknown kind",
         ("verify", tmp_path / "a"): "a.bin: no such file",
@@ -101,7 +115,15 @@ def test_another_tokenizer_is_not_used_to_decode(
 @pytest.mark.parametrize(
     ("failure", "expected", "fault"),
     [
-        (OSError(28, "No space left on device"), 1, "No space left on device; nothing was"),
+        (OSError(28, "No space left on device"), 1, "No space left on device; give the same"),
+        (
+            FileExistsError(17, "File exists", "a\nb"),
+            2,
+            "File exists: 'a\\nb'; give another path",
+        ),
+        (IsADirectoryError(21, "Is a directory"), 2, "Is a directory; give another path"),
+        (OSError(36, "File name too long"), 2, "File name too long; give another path"),
+        (DataError("a\nb.txt: bad\r"), 2, "a\\nb.txt: bad\\r"),
         (KeyboardInterrupt(), 130, "interrupted; nothing was published"),
     ],
 )
@@ -313,6 +335,28 @@ def test_fetching_is_a_command(
     options = ("--out", tmp_path / "f", "--tries", 1, "--endpoint", "http://127.0.0.1:9")
     code, _, error = run(capsys, "fetch-python-edu", ids, *options)
     assert (code, "no content after 1 tries" in error) == (2, True)
+
+
+def test_output_that_is_not_taken(tmp_path: Path, text: Path, model_path: Path) -> None:
+    """A full disk, a reader that has read enough, a terminal that knows no such letter."""
+    text.write_text("def naïve():\n")
+    command = [sys.executable, "-m", "data_tools.cli"]
+    given = [str(text), "--tokenizer", str(model_path), "--out", str(tmp_path / "a")]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*command, "prepare", *given], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    last = done.stderr.decode().splitlines()[-1]
+    assert (done.returncode, "the work is done, but this could not be printed" in last) == (1, True)
+    inspect = [*command, "inspect", str(tmp_path / "a"), "--tokenizer", str(model_path)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(inspect, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(inspect, capture_output=True, check=True, env=environment)
+    assert rb"def na\xefve():" in shown.stdout
 
 
 COMMANDS = [info.name for info in cli.app.registered_commands]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 from data_tools import rows
 from data_tools.engines import CheckedTokenizer
 from data_tools.manifest import DataError, check_indexed, hash_file, read_manifest
+from data_tools.merge import merge
 from data_tools.prepare import Progress, Settings, prepare
 from data_tools.tokenizers import SentencePieceTokenizer, TextError
 from data_tools.units import Shard
@@ -342,6 +344,52 @@ def test_a_difference_between_engines_stops_a_worker(
     first = r"corpus\.jsonl, row 1: different ids"
     with pytest.raises(DataError, match=first):
         prepare([corpus], path, tmp_path / "a", Settings(text_column="body", workers=1))
+
+
+def test_what_is_taken_as_made_before(
+    corpus: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    """Sources of the same content by whatever time stamps; none that was left out in part."""
+    out = tmp_path / "a"
+
+    def is_reused(**changes: object) -> bool:
+        said: list[str] = []
+        options = {"text_column": "body", "workers": 1, "reuse": True, "skip_faults": True}
+        settings = Settings(**{**options, **changes})  # type: ignore[arg-type]
+        prepare([corpus], tokenizer.path, out, settings, say=said.append)
+        return said == [f"{out}: already prepared"]
+
+    assert not is_reused()
+    assert is_reused()
+    os.utime(corpus)  # later than the output
+    assert is_reused()
+    with pytest.raises(DataError, match="row 2: empty text"):
+        is_reused(skip_faults=False)
+    other = corpus.read_text().replace("third", "other")
+    time.sleep(0.01)
+    corpus.write_text(other)
+    os.utime(corpus, ns=(1, 1))  # as a copy that keeps its original's times
+    assert not is_reused()
+    assert is_reused()
+    assert "other" in texts_of(out, tokenizer)[-1]
+
+
+def test_a_shard_may_have_nothing_to_do(
+    corpus: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    """Fewer units than machines: the shards are merged all the same."""
+    run(corpus, tokenizer, tmp_path / "whole")
+    prefixes = [tmp_path / f"part{index}" for index in (1, 2, 3)]
+    documents = [
+        run(corpus, tokenizer, prefix, shard=Shard(index, 3), engine="auto").documents
+        for index, prefix in enumerate(prefixes, start=1)
+    ]
+    assert sorted(documents) == [0, 0, 3]
+    for prefix in prefixes:
+        verify(prefix)
+    merge(prefixes, tmp_path / "merged")
+    for name in ("bin", "idx"):
+        assert content(tmp_path / "merged")[name] == content(tmp_path / "whole")[name]
 
 
 def test_a_worker_that_dies_is_told(
