@@ -237,10 +237,11 @@ def tokenizer_command(
     """Train a BPE that reproduces every text exactly."""
     from data_tools.display import report
     from data_tools.sources import Corpus, sample_texts
-    from data_tools.tokenizers import train_tokenizer
+    from data_tools.tokenizers import trainer_for
 
+    train = trainer_for(out)
     texts = sample_texts(Corpus(inputs, text_column), _bytes("--sample-mb", sample_mb, 10**6))
-    train_tokenizer(texts, out, vocab_size)
+    train(texts, out, vocab_size)
     report(
         as_json,
         f"{out}: {vocab_size:,} tokens, learned from {len(texts):,} documents",

@@ -358,6 +358,11 @@ def find_special_eod(
 
 def train_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int) -> None:
     """Trains a tokenizer of the kind that the name asks for: `*.model` or `*.json`."""
+    trainer_for(out)(texts, out, vocab_size)
+
+
+def trainer_for(out: str | Path) -> Callable[[Iterable[str], str | Path, int], None]:
+    """What trains a tokenizer of that name. Raises DataError where the name tells of none."""
     kinds = {".model": train_sentencepiece, ".json": train_byte_level_bpe}
     train = kinds.get(Path(out).suffix)
     if train is None:
@@ -365,7 +370,7 @@ def train_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int) -> N
             f"{out}: unknown kind of tokenizer; end the name in .model (sentencepiece) or .json "
             "(byte-level BPE)"
         )
-    train(texts, out, vocab_size)
+    return train
 
 
 def train_byte_level_bpe(texts: Iterable[str], out: str | Path, vocab_size: int) -> None:
