@@ -43,14 +43,12 @@ _GPT2_AFTER_DIGITS = (
     r"(?:'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+)|\s+(?![^\s\p{N}])|\s+"
 )
 
-
 # Under NFC the others stay as they are, in whatever version of Unicode: Latin letters, dashes and
 # quotes, Chinese characters.
 _NOT_STABLE = re.compile("[^\\0-\u02ff\u2010-\u2027\u4e00-\u9fff]")
 
 # Scripts of which some version of Unicode has digits that another one lacks: the package asks two.
 _RARE_DIGITS = re.compile("[\U00010000-\U0001efff]")
-_NOTHING = re.compile(r"(?!)")
 _BLANKS = 100_000
 # Classes that the two libraries' regular expressions fill alike; \w and [:alpha:] are others.
 _ALIKE = frozenset("pPsSdDrnt")
@@ -86,7 +84,7 @@ class TiktokenEngine:
         ranks, self._ids = _ranks(description["model"])
         self._bytes = np.array([*map(len, ranks)])
         pattern = _pattern(description["pre_tokenizer"])
-        self._left_out = _RARE_DIGITS if pattern == _GPT2_AFTER_DIGITS else _NOTHING
+        self._left_out = _RARE_DIGITS if pattern == _GPT2_AFTER_DIGITS else None
         try:
             self._encode = tiktoken.Encoding(
                 reference.path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
@@ -101,7 +99,7 @@ class TiktokenEngine:
 
     def _by_tiktoken(self, text: str) -> np.ndarray | None:
         """None for a text that it cannot do."""
-        if self._left_out.search(text) or _is_blank_for_long(text):
+        if (self._left_out and self._left_out.search(text)) or _is_blank_for_long(text):
             return None
         normalized = self._normalize(text)
         if self._in_text and (self._in_text.search(text) or self._in_text.search(normalized)):
