@@ -368,18 +368,15 @@ def map_blocks(path: Path, block_bytes: int = 1 << 20, first: int = 0) -> Iterat
     All blocks but the last are of block_bytes, and the first where `first` does not give its bytes.
     By default they fit the processor's cache, where whatever looks at a block after the first finds
     it, and outweigh the loop over them. A disk that fails ends the process, as it ends a trainer
-    that maps the file. A block is valid until the next one is asked for.
+    that maps the file.
     """
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if not size:  # an empty file cannot be mapped
             return
-        with mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            whole, start, end = memoryview(mapped), 0, first or block_bytes
-            try:
-                while start < size:
-                    with whole[start:end] as block:
-                        yield block
-                    start, end = end, end + block_bytes
-            finally:
-                whole.release()
+        whole = memoryview(mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ))
+    # Unmapped with the last block: a reader that raises still holds one, and closing would fail.
+    start, end = 0, first or block_bytes
+    while start < size:
+        yield whole[start:end]
+        start, end = end, end + block_bytes

@@ -132,7 +132,6 @@ def _read_tokens(
             expected = ends.before(position + tokens.size) - position
             _check_ends(data, is_end, expected, position, is_exact)
         position += tokens.size
-        del tokens  # lets go of the block
     if manifest:
         found = (digest.hexdigest(), hash_file(index))
         for path, record, xxh3 in zip((data, index), manifest.outputs, found, strict=True):

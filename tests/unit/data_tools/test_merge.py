@@ -1,5 +1,6 @@
 """Merged shards are what one run writes; a split loses and doubles nothing; verify checks all."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -248,6 +249,26 @@ def test_what_verify_checks(
     write_manifest(tmp_path / "id", manifest.model_copy(update={"tokenizer": smaller}))
     with pytest.raises(DataError, match=r"token 15 has id 99, outside the vocabulary of 99"):
         verify(tmp_path / "id")
+
+
+def test_a_fault_that_verify_finds_is_all_that_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does Python, of an exception that it ignores while it clears up."""
+    ignored: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    for name, document in (("late", [1, 2]), ("within", [1, 0, 2, 0])):
+        with pytest.raises(DataError, match="token"):
+            verify(write(tmp_path / name, [[document]]))
+    bare = write(tmp_path / "bare", FIRST)
+    manifest = read_manifest(bare)
+    assert manifest
+    smaller = manifest.tokenizer.model_copy(update={"vocab_size": 2})
+    write_manifest(bare, manifest.model_copy(update={"tokenizer": smaller}))
+    with pytest.raises(DataError, match="outside the vocabulary"):
+        verify(bare)
+    gc.collect()
+    assert ignored == []
 
 
 def test_verify_with_a_tokenizer(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
