@@ -24,11 +24,11 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -217,6 +217,16 @@ def index_fingerprint(prefix: str | Path) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+def printable(text: object) -> str:
+    """The text as UTF-8 can hold it: of a file's name that is not UTF-8, the odd bytes escaped."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+Printable = Annotated[
+    str, BeforeValidator(lambda given: printable(given) if isinstance(given, str) else given)
+]
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -224,7 +234,7 @@ class _Record(BaseModel):
 class FileRecord(_Record):
     """A file as it was read or written."""
 
-    name: str
+    name: Printable
     bytes: int = Field(ge=0)
     xxh3: str = Field(pattern="^[0-9a-f]{32}$")
 
@@ -233,7 +243,7 @@ class TokenizerRecord(_Record):
     """The tokenizer that made the tokens; `fingerprint` is the xxh3-128 of its file."""
 
     kind: Literal["sentencepiece", "tokenizer.json", "tiktoken"]
-    name: str
+    name: Printable
     fingerprint: str = Field(pattern="^[0-9a-f]{32}$")
     vocab_size: int = Field(gt=0)
     eod_id: int = Field(ge=0)
@@ -242,7 +252,7 @@ class TokenizerRecord(_Record):
 class Options(_Record):
     """The choices that decide the tokens, besides the sources and the tokenizer."""
 
-    text_column: str
+    text_column: Printable
     append_eod: bool
     parse_special: bool = False
     """Whether special tokens written out in a text became their ids."""
@@ -268,16 +278,24 @@ class Manifest(_Record):
     """Documents without a token (empty texts); they are left out and not counted in `documents`."""
     skipped: int = Field(default=0, ge=0)
     """Rows left out by --on-error skip, empty texts included."""
-    skipped_rows: list[str] = []
+    skipped_rows: list[Printable] = []
     """The first of them: file, row and fault."""
     tokens: int = Field(ge=0)
     engine: str | None = None
     """What computed the ids: the tokenizer's own library, or a faster one checked against it."""
-    derived_from: list[str] = []
+    derived_from: list[Printable] = []
     """The prepared data that this was merged or split from."""
     outputs: list[FileRecord] = Field(min_length=2, max_length=2)
     """PREFIX.bin and PREFIX.idx."""
     versions: dict[str, str]
+
+    def changed(self, **values: object) -> Manifest:
+        """A copy with other values, checked as those of any manifest are."""
+        return Manifest.model_validate({**dict(self), **values})
+
+    def stored(self) -> bytes:
+        """The content of PREFIX.manifest.json."""
+        return self.model_dump_json(indent=1).encode() + b"\n"
 
 
 def read_manifest(prefix: str | Path) -> Manifest | None:
@@ -300,7 +318,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
     """Writes PREFIX.manifest.json in one piece: a reader sees the old one or the new one."""
-    write_atomically(manifest_path(prefix), manifest.model_dump_json(indent=1).encode() + b"\n")
+    write_atomically(manifest_path(prefix), manifest.stored())
 
 
 def check_content(path: Path, record: FileRecord, xxh3: str | None = None) -> None:

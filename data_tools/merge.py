@@ -59,18 +59,16 @@ def merge(prefixes: Sequence[str | Path], out_prefix: str | Path) -> Manifest:
             _copy_tokens(files, manifest, writer)
             _copy_tables(files, writer)
         outputs = writer.finish()
-    merged = first.model_copy(
-        update={
-            "sources": _union(manifests),
-            "options": first.options.model_copy(update={"shard": shard}),
-            "documents": writer.num_documents,
-            "tokens": writer.num_tokens,
-            "empty_documents": sum(manifest.empty_documents for manifest in manifests),
-            "skipped": sum(manifest.skipped for manifest in manifests),
-            "skipped_rows": [row for manifest in manifests for row in manifest.skipped_rows][:1000],
-            "derived_from": [str(prefix) for prefix in prefixes],
-            "outputs": outputs,
-        }
+    merged = first.changed(
+        sources=_union(manifests),
+        options=first.options.model_copy(update={"shard": shard}),
+        documents=writer.num_documents,
+        tokens=writer.num_tokens,
+        empty_documents=sum(manifest.empty_documents for manifest in manifests),
+        skipped=sum(manifest.skipped for manifest in manifests),
+        skipped_rows=[row for manifest in manifests for row in manifest.skipped_rows][:1000],
+        derived_from=[str(prefix) for prefix in prefixes],
+        outputs=outputs,
     )
     write_manifest(out_prefix, merged)
     return merged
@@ -103,13 +101,11 @@ def split(
                 raise DataError(f"{prefix}: no document falls to {name}; give it a larger share")
         made = {}
         for (name, share), writer in zip(shares.items(), writers, strict=True):
-            made[name] = manifest.model_copy(
-                update={
-                    "documents": writer.num_documents,
-                    "tokens": writer.num_tokens,
-                    "derived_from": [f"{prefix}, split {name} {share:g}, seed {seed}"],
-                    "outputs": writer.finish(),
-                }
+            made[name] = manifest.changed(
+                documents=writer.num_documents,
+                tokens=writer.num_tokens,
+                derived_from=[f"{prefix}, split {name} {share:g}, seed {seed}"],
+                outputs=writer.finish(),
             )
             write_manifest(f"{out_prefix}-{name}", made[name])
     return made

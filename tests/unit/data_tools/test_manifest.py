@@ -168,6 +168,23 @@ def test_a_manifest_of_another_form_is_refused(tmp_path: Path, change: dict, fau
         read_manifest(prefix)
 
 
+def test_every_name_in_a_manifest_can_be_written(tmp_path: Path) -> None:
+    """Of a file whose name is not UTF-8, Python's own form cannot; no name but a text is taken."""
+    manifest = read_manifest(write(tmp_path / "a"))
+    assert manifest
+    record = {"name": "x\udce9", "bytes": 0, "xxh3": HASH}
+    odd = manifest.changed(
+        sources=[record],
+        tokenizer={**manifest.tokenizer.model_dump(), "name": "x\udce9"},
+        options={"text_column": "x\udce9", "append_eod": True},
+        skipped_rows=["x\udce9"],
+        derived_from=["x\udce9"],
+    )
+    assert odd.stored().count(rb"x\\udce9") == 5
+    with pytest.raises(ValueError, match="name"):
+        manifest.changed(sources=[{**record, "name": 5}])
+
+
 def test_the_fingerprint_follows_the_index(tmp_path: Path) -> None:
     first = index_fingerprint(write(tmp_path / "a"))
     assert index_fingerprint(write(tmp_path / "b")) == first

@@ -157,6 +157,19 @@ def test_a_split_deals_out_every_document_once(tmp_path: Path) -> None:
     assert documents_of(tmp_path / "u-test") != parts["test"]
 
 
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """As of files with Latin-1 names: the manifest has their odd bytes escaped."""
+    odd = tmp_path / "caf\udce9"
+    prefix = write(odd, FIRST)
+    merged = merge([prefix, write(tmp_path / "b", SECOND)], tmp_path / "m\udce9")
+    assert merged == read_manifest(tmp_path / "m\udce9")
+    assert merged.derived_from == [f"{tmp_path}/caf\\udce9", f"{tmp_path}/b"]
+    assert merged.skipped_rows[0] == f"{tmp_path}/caf\\udce9: empty"
+    made = split(prefix, {"a": 0.5, "b\udce9": 0.5}, tmp_path / "s")
+    assert made["b\udce9"] == read_manifest(tmp_path / "s-b\udce9")
+    assert made["b\udce9"].outputs[0].name == "s-b\\udce9.bin"
+
+
 @pytest.mark.parametrize(
     ("shares", "fault"),
     [
