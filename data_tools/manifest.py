@@ -21,14 +21,14 @@ import mmap
 import os
 import secrets
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -217,6 +217,16 @@ def index_fingerprint(prefix: str | Path) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+def printable(text: object) -> str:
+    """The text as UTF-8 can hold it: of a file's name that is not UTF-8, the odd bytes escaped."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+Printable = Annotated[
+    str, BeforeValidator(lambda given: printable(given) if isinstance(given, str) else given)
+]
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -224,7 +234,7 @@ class _Record(BaseModel):
 class FileRecord(_Record):
     """A file as it was read or written."""
 
-    name: str
+    name: Printable
     bytes: int = Field(ge=0)
     xxh3: str = Field(pattern="^[0-9a-f]{32}$")
 
@@ -233,16 +243,19 @@ class TokenizerRecord(_Record):
     """The tokenizer that made the tokens; `fingerprint` is the xxh3-128 of its file."""
 
     kind: Literal["sentencepiece", "tokenizer.json", "tiktoken"]
-    name: str
+    name: Printable
     fingerprint: str = Field(pattern="^[0-9a-f]{32}$")
     vocab_size: int = Field(gt=0)
     eod_id: int = Field(ge=0)
 
 
 class Options(_Record):
-    """The choices that decide the tokens, besides the sources and the tokenizer."""
+    """The choices that decide the tokens, besides the sources and the tokenizer.
 
-    text_column: str
+    Of merged data: a limit that was not the same for all is None, text columns are all named.
+    """
+
+    text_column: Printable
     append_eod: bool
     parse_special: bool = False
     """Whether special tokens written out in a text became their ids."""
@@ -268,16 +281,38 @@ class Manifest(_Record):
     """Documents without a token (empty texts); they are left out and not counted in `documents`."""
     skipped: int = Field(default=0, ge=0)
     """Rows left out by --on-error skip, empty texts included."""
-    skipped_rows: list[str] = []
+    skipped_rows: list[Printable] = []
     """The first of them: file, row and fault."""
     tokens: int = Field(ge=0)
+    plan: str | None = Field(default=None, pattern="^[0-9a-f]{32}$")
+    """See `plan_digest`; the same for all shards of a run."""
     engine: str | None = None
     """What computed the ids: the tokenizer's own library, or a faster one checked against it."""
-    derived_from: list[str] = []
+    derived_from: list[Printable] = []
     """The prepared data that this was merged or split from."""
     outputs: list[FileRecord] = Field(min_length=2, max_length=2)
     """PREFIX.bin and PREFIX.idx."""
     versions: dict[str, str]
+
+    def changed(self, **values: object) -> Manifest:
+        """A copy with other values, checked as those of any manifest are."""
+        return Manifest.model_validate({**dict(self), **values})
+
+    def stored(self) -> bytes:
+        """The content of PREFIX.manifest.json."""
+        return self.model_dump_json(indent=1).encode() + b"\n"
+
+
+def plan_digest(sources: Iterable[tuple[str, int]]) -> str:
+    """xxh3-128 (hex) of all sources' (name, bytes), in order; of a run, whatever its shard reads.
+
+    Without their folders, which may be others on another machine. The options are not in it: the
+    manifest has them itself.
+    """
+    digest = xxhash.xxh3_128()
+    for name, size in sources:
+        digest.update(f"{printable(Path(name).name)}\0{size}\0".encode())
+    return digest.hexdigest()
 
 
 def read_manifest(prefix: str | Path) -> Manifest | None:
@@ -290,6 +325,8 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         raw = path.read_bytes()
     except FileNotFoundError:
         return None
+    except IsADirectoryError as error:
+        raise DataError(f"{path}: is a folder; remove it, or give another prefix") from error
     try:
         return Manifest.model_validate_json(raw)
     except ValidationError as error:
@@ -300,7 +337,18 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
     """Writes PREFIX.manifest.json in one piece: a reader sees the old one or the new one."""
-    write_atomically(manifest_path(prefix), manifest.model_dump_json(indent=1).encode() + b"\n")
+    write_atomically(manifest_path(prefix), manifest.stored())
+
+
+def check_counts(files: IndexedFiles, manifest: Manifest) -> None:
+    """Raises DataError where the files' counts or token type are not what the manifest says."""
+    found = (files.num_documents, files.num_tokens, str(files.dtype))
+    noted = (manifest.documents, manifest.tokens, manifest.dtype)
+    if found != noted:
+        raise DataError(
+            f"{files.prefix}.idx: (documents, tokens, type) are {found}, the manifest says "
+            f"{noted}; these files do not belong together, prepare the data again"
+        )
 
 
 def check_content(path: Path, record: FileRecord, xxh3: str | None = None) -> None:
@@ -368,18 +416,15 @@ def map_blocks(path: Path, block_bytes: int = 1 << 20, first: int = 0) -> Iterat
     All blocks but the last are of block_bytes, and the first where `first` does not give its bytes.
     By default they fit the processor's cache, where whatever looks at a block after the first finds
     it, and outweigh the loop over them. A disk that fails ends the process, as it ends a trainer
-    that maps the file. A block is valid until the next one is asked for.
+    that maps the file.
     """
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if not size:  # an empty file cannot be mapped
             return
-        with mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            whole, start, end = memoryview(mapped), 0, first or block_bytes
-            try:
-                while start < size:
-                    with whole[start:end] as block:
-                        yield block
-                    start, end = end, end + block_bytes
-            finally:
-                whole.release()
+        whole = memoryview(mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ))
+    # Unmapped with the last block: a reader that raises still holds one, and closing would fail.
+    start, end = 0, first or block_bytes
+    while start < size:
+        yield whole[start:end]
+        start, end = end, end + block_bytes

@@ -16,6 +16,7 @@ from data_tools.manifest import (
     Manifest,
     bin_path,
     check_content,
+    check_counts,
     check_indexed,
     hash_file,
     idx_path,
@@ -54,7 +55,7 @@ def verify(
     checked = ["structure"] if fast else ["structure", "index"]
     unchecked = []
     if manifest:
-        _check_counts(files, manifest)
+        check_counts(files, manifest)
         for path, record in zip(_outputs(prefix), manifest.outputs, strict=True):
             check_content(path, record)
         checked += ["counts", "sizes"]
@@ -84,16 +85,6 @@ def check_same_tokenizer(prefix: str | Path, manifest: Manifest, tokenizer: Toke
 
 def _outputs(prefix: str | Path) -> tuple[Path, Path]:
     return bin_path(prefix), idx_path(prefix)
-
-
-def _check_counts(files: IndexedFiles, manifest: Manifest) -> None:
-    found = (files.num_documents, files.num_tokens, str(files.dtype))
-    noted = (manifest.documents, manifest.tokens, manifest.dtype)
-    if found != noted:
-        raise DataError(
-            f"{files.prefix}.idx: (documents, tokens, type) are {found}, the manifest says "
-            f"{noted}; these files do not belong together, prepare the data again"
-        )
 
 
 def _expected(
@@ -132,7 +123,6 @@ def _read_tokens(
             expected = ends.before(position + tokens.size) - position
             _check_ends(data, is_end, expected, position, is_exact)
         position += tokens.size
-        del tokens  # lets go of the block
     if manifest:
         found = (digest.hexdigest(), hash_file(index))
         for path, record, xxh3 in zip((data, index), manifest.outputs, found, strict=True):
@@ -154,6 +144,13 @@ def _check_ids(data: Path, tokens: np.ndarray, position: int, vocab_size: int) -
 def _check_ends(
     data: Path, is_end: np.ndarray, expected: np.ndarray, position: int, is_exact: bool
 ) -> None:
+    # Of a document without a token, the last one is that of the document before it, or -1.
+    empty = np.flatnonzero(np.diff(expected, prepend=-1) == 0)
+    if empty.size:
+        raise DataError(
+            f"{data}: a document without a token, and so without the end-of-document id, before "
+            f"token {position + int(expected[empty[0]]) + 1}; prepare the data again"
+        )
     if not is_end[expected].all():
         where = position + int(expected[~is_end[expected]][0])
         raise DataError(

@@ -18,6 +18,7 @@ from data_tools.manifest import (
     index_fingerprint,
     manifest_path,
     map_blocks,
+    plan_digest,
     read_manifest,
     write_manifest,
 )
@@ -166,6 +167,40 @@ def test_a_manifest_of_another_form_is_refused(tmp_path: Path, change: dict, fau
     path.write_text("{")
     with pytest.raises(DataError, match=r"a\.manifest\.json: the file: Invalid JSON"):
         read_manifest(prefix)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=r"a\.manifest\.json: is a folder"):
+        read_manifest(prefix)
+
+
+def test_every_name_in_a_manifest_can_be_written(tmp_path: Path) -> None:
+    """Of a file whose name is not UTF-8, Python's own form cannot; no name but a text is taken."""
+    manifest = read_manifest(write(tmp_path / "a"))
+    assert manifest
+    record = {"name": "x\udce9", "bytes": 0, "xxh3": HASH}
+    odd = manifest.changed(
+        sources=[record],
+        tokenizer={**manifest.tokenizer.model_dump(), "name": "x\udce9"},
+        options={"text_column": "x\udce9", "append_eod": True},
+        skipped_rows=["x\udce9"],
+        derived_from=["x\udce9"],
+    )
+    assert odd.stored().count(rb"x\\udce9") == 5
+    with pytest.raises(ValueError, match="name"):
+        manifest.changed(sources=[{**record, "name": 5}])
+
+
+def test_the_plan_follows_the_sources() -> None:
+    """Not the folder, which is another on another machine."""
+    first = plan_digest([("in/a.jsonl", 3), ("in/b\udce9", 4)])
+    assert plan_digest([("/data/a.jsonl", 3), ("/data/b\udce9", 4)]) == first
+    others = (
+        [("a.jsonl", 3)],
+        [("a.jsonl", 3), ("b\udce9", 5)],
+        [("a.jsonl", 3), ("c", 4)],
+        [("b\udce9", 4), ("a.jsonl", 3)],
+    )
+    assert len({first, *map(plan_digest, others)}) == 5
 
 
 def test_the_fingerprint_follows_the_index(tmp_path: Path) -> None:
