@@ -22,6 +22,11 @@ def is_on_hub(given: str | Path) -> bool:
     return str(given).startswith(HUB)
 
 
+def is_blob(file: Path) -> bool:
+    """Whether it is a content in the hub's cache; files of equal content are links to one."""
+    return file.parent.name == "blobs" and file.parent.parent.name.startswith("datasets--")
+
+
 def fetch_from_hub(address: str) -> Path:
     """The local folder of a data set, downloaded where it is not in the hub's cache.
 
