@@ -72,7 +72,7 @@ def progress_display(log: Path | None = None) -> Iterator[tuple[Show, Callable[[
         says: list[Callable[[str], None]] = []
         if log:
             log.parent.mkdir(parents=True, exist_ok=True)
-            stream = stack.enter_context(log.open("a", encoding="utf-8"))
+            stream = stack.enter_context(log.open("a", encoding="utf-8", errors="backslashreplace"))
 
             def note(text: str) -> None:
                 now = time.strftime("%Y-%m-%dT%H:%M:%S%z")

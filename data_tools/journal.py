@@ -33,6 +33,7 @@ from data_tools.manifest import (
     WRITE_BYTES,
     DataError,
     FileRecord,
+    Printable,
     bin_path,
     idx_path,
     manifest_path,
@@ -56,7 +57,7 @@ class UnitEntry(BaseModel):
     tokens: _Count
     empty: _Count
     skipped: _Count
-    skipped_rows: list[str]
+    skipped_rows: list[Printable]
     xxh3: str
     """Of its token ids as stored."""
 

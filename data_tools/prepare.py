@@ -20,7 +20,7 @@ from typing import Any
 
 from data_tools.engines import choose_engine
 from data_tools.hub import fetch_first_rows
-from data_tools.indexed_writer import token_dtype
+from data_tools.indexed_writer import check_free, token_dtype
 from data_tools.journal import Journal, finish_publishing
 from data_tools.manifest import (
     DataError,
@@ -30,6 +30,7 @@ from data_tools.manifest import (
     check_indexed,
     hash_file,
     manifest_path,
+    plan_digest,
     read_manifest,
 )
 from data_tools.rows import Document, ReadOptions
@@ -132,9 +133,11 @@ def prepare(
     reference = load_tokenizer(
         tokenizer, eod_token=settings.eod_token, threads=1, parse_special=settings.parse_special
     )
+    check_free(out_prefix)
     files, rows_elsewhere = fetch_first_rows(inputs, settings.fraction)
+    sources = find_sources(files, outputs=out_prefix)
     plan = make_plan(
-        find_sources(files),
+        sources,
         settings.read_options(),
         skip_faults=settings.skip_faults,
         fraction=settings.fraction,
@@ -167,8 +170,9 @@ def prepare(
             folder=journal.folder,
         )
         _work(plan, journal, job, chosen, settings, progress)
-        manifest = _manifest(plan, journal, chosen, settings)
-        journal.publish(manifest.model_dump_json(indent=1).encode() + b"\n")
+        digest = plan_digest((source.name, source.bytes) for source in sources)
+        manifest = _manifest(plan, digest, journal, chosen, settings)
+        journal.publish(manifest.stored())
     return manifest
 
 
@@ -195,7 +199,7 @@ def _made_before(
 
 def _is_recorded(source: Source, record: FileRecord, written: int) -> bool:
     """Whether the file is the one of the record, which was written at that time, in ns."""
-    if (str(source.path), source.bytes) != (record.name, record.bytes):
+    if (source.name, source.bytes) != (record.name, record.bytes):
         return False
     # A copy may keep the time of its original, but not that of its own last change.
     changed = max(source.mtime_ns, source.path.stat().st_ctime_ns)
@@ -221,7 +225,7 @@ def _sample(plan: Plan, options: ReadOptions) -> list[str]:
 def _describe(plan: Plan, tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
     """All that the bytes depend on."""
     return {
-        "sources": [[str(path), size, mtime] for path, _, size, mtime in plan.sources],
+        "sources": [[source.name, source.bytes, source.mtime_ns] for source in plan.sources],
         "units": len(plan.units),
         "tokenizer": tokenizer.record().model_dump(),
         "options": settings.options().model_dump(),
@@ -306,7 +310,7 @@ def _ask_hashes(
     """Has the units' sources hashed, once each; the read warms the cache for the unit."""
     for unit in units:
         for source, _ in unit:
-            name = str(source.path)
+            name = source.name
             if name not in journal.sources and name not in hashes:
                 hashes[name] = workers.hash_file(source.path)
 
@@ -316,15 +320,17 @@ def _take_hashes(journal: Journal, hashes: dict[str, Future[str]], *, only_done:
         journal.add_source(name, hashes.pop(name).result())
 
 
-def _manifest(plan: Plan, journal: Journal, tokenizer: Tokenizer, settings: Settings) -> Manifest:
+def _manifest(
+    plan: Plan, digest: str, journal: Journal, tokenizer: Tokenizer, settings: Settings
+) -> Manifest:
     read = {part.source for unit in plan.units[: len(journal.units)] for part in unit}
     return Manifest.model_validate(
         {
             "sources": [
                 FileRecord(
-                    name=str(source.path),
+                    name=source.name,
                     bytes=source.bytes,
-                    xxh3=journal.sources[str(source.path)],
+                    xxh3=journal.sources[source.name],
                 )
                 for source in plan.sources
                 if source in read
@@ -337,6 +343,7 @@ def _manifest(plan: Plan, journal: Journal, tokenizer: Tokenizer, settings: Sett
             "skipped": sum(entry.skipped for entry in journal.units) + len(plan.faults),
             "skipped_rows": [*map(str, plan.faults), *journal.skipped_rows][:MOST_LISTED],
             "tokens": journal.tokens,
+            "plan": digest,
             "engine": tokenizer.engine,
             "outputs": journal.write_outputs(),
             "versions": versions(),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.hub import fetch_from_hub, is_blob, is_on_hub
-from data_tools.manifest import DataError
+from data_tools.manifest import DataError, printable
 from data_tools.readers import FORMATS, kind_of
 from data_tools.rows import Document, Format, ReadOptions
 
@@ -23,6 +23,11 @@ class Source(NamedTuple):
     kind: str
     bytes: int
     mtime_ns: int
+
+    @property
+    def name(self) -> str:
+        """Its path, as records can hold it."""
+        return printable(self.path)
 
     @property
     def format(self) -> Format:

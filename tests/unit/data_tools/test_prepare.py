@@ -374,6 +374,40 @@ def test_what_is_taken_as_made_before(
     assert "other" in texts_of(out, tokenizer)[-1]
 
 
+def test_names_that_are_not_utf8(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
+    """Of a file, of the output, of a column in a fault: recorded escaped, never a traceback."""
+    source, out = tmp_path / "in\udcff.jsonl", tmp_path / "out\udcfe"
+    source.write_bytes(b'{"text": "good"}\n{"\\ud800": 1}\n')
+    for _ in range(2):
+        manifest = run(source, tokenizer, out, text_column="text", reuse=True)
+    assert manifest == read_manifest(out)
+    assert manifest.sources[0].name == str(source).replace("\udcff", "\\udcff")
+    assert "in\\udcff.jsonl, row 2: no column 'text' (it has: \\ud800)" in manifest.skipped_rows[0]
+    verify(out)
+
+
+def test_where_the_output_cannot_be(
+    corpus: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    """Told before any work, and nothing is left."""
+    (tmp_path / "a.bin").mkdir()
+    with pytest.raises(DataError, match=r"a\.bin: is a folder; give another --out"):
+        run(corpus, tokenizer, tmp_path / "a")
+    with pytest.raises(DataError, match="lies in the input folder .*; give an --out elsewhere"):
+        run(corpus.parent, tokenizer, corpus.parent / "data" / "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "in"]
+
+
+def test_shards_of_other_inputs_are_not_merged(
+    many: Path, corpus: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    run(many, tokenizer, tmp_path / "a", text_column="text", shard=Shard(1, 2))
+    (many / "d.jsonl").write_text('{"text": "new"}\n')
+    run(many, tokenizer, tmp_path / "b", text_column="text", shard=Shard(2, 2))
+    with pytest.raises(DataError, match="another set of sources than .*; give shards of one run"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+
+
 def test_a_shard_may_have_nothing_to_do(
     corpus: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
