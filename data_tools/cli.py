@@ -158,7 +158,7 @@ def prepare_command(
                 tokenizer,
                 out,
                 settings,
-                weights={name: value for name, value in _weights(weight or []).items() if value},
+                weights=_weights(weight or []),
                 progress=show,
                 say=say,
             )

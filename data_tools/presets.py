@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +63,7 @@ def prepare_preset(
     out_folder: str | Path,
     settings: Settings,
     *,
-    weights: Mapping[str, float] | None = None,
+    weights: Mapping[str, float | None] | None = None,
     progress: Callable[[str, Progress], None] = lambda part, state: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Manifest]:
@@ -70,10 +72,12 @@ def prepare_preset(
     roots: copies of the data set, or its address on the hub; a part is taken from the first that
     has it. weights: of the parts to prepare, by name; none: all parts, by their published sizes. A
     token budget is dealt out by the weights; a fraction holds for each part, in the order of its
-    files' names, which its manifest lists. A part that is done is not done again. Raises DataError.
+    files' names, which its manifest lists. A part that is done is not done again. Raises DataError
+    where a part has no files, a weight is of no part or no share, or `prepare` does.
     """
     parts = preset_parts(preset, list(weights or {}))
-    shares = {part.name: (weights or {}).get(part.name, part.tokens) for part in parts}
+    chosen = _checked(weights or {})
+    shares = {part.name: chosen.get(part.name, part.tokens) for part in parts}
     inputs = {part.name: _find(part, roots) for part in parts}
     made = {}
     for part in parts:
@@ -96,18 +100,37 @@ def prepare_preset(
     return made
 
 
+def _checked(weights: Mapping[str, float | None]) -> dict[str, float]:
+    """Raises DataError where one is no share: what it would leave out is said by naming others."""
+    checked = {}
+    for name, weight in weights.items():
+        if weight is None:
+            raise DataError(f"part {name}: no weight; give {name}=WEIGHT")
+        if not 0 < weight < math.inf:
+            raise DataError(
+                f"{name}={weight:g}: no weight; give a number above 0, or leave the part out by "
+                "naming the others"
+            )
+        checked[name] = weight
+    return checked
+
+
 def _find(part: CorpusPart, roots: Sequence[str | Path]) -> str:
     """The part's files, as an input for `prepare`."""
     folder, _, files = part.pattern.rpartition("/")
     for root in roots:
         if not is_on_hub(root):
-            if any(Path(root).glob(part.pattern)):
-                return str(Path(root) / part.pattern)
+            # The part's stars are a pattern, those of the folder's own name are not.
+            pattern = str(Path(glob.escape(str(root))) / part.pattern)
+            if glob.glob(pattern):
+                return pattern
         elif files.endswith(".parquet"):
             return f"{str(root).rstrip('/')}/{folder}"
     local = [root for root in roots if not is_on_hub(root)]
-    first, target = roots[0], [*local, "smollm-corpus"][0]
-    source = f"{first}/{part.name}" + ("" if is_on_hub(first) else "/*.parquet")
+    first, target = str(roots[0]), [*local, "smollm-corpus"][0]
+    source = f"{first}/{part.name}"
+    if not is_on_hub(first):
+        source = glob.escape(source) + "/*.parquet"
     hint = part.mend.format(source=source, folder=target) or "check the folder"
     if not local:
         hint += f", and give {target} beside it"
