@@ -213,7 +213,9 @@ def fetch_command(
             file=sys.stderr,
         )
 
-    settings = FetchSettings(endpoint=endpoint or ENDPOINT, connections=connections, tries=tries)
+    settings = FetchSettings(
+        endpoint=ENDPOINT if endpoint is None else endpoint, connections=connections, tries=tries
+    )
     done = fetch_python_edu(inputs, out, settings, show)
     report(
         as_json,

@@ -14,7 +14,7 @@ from data_tools import cli
 from data_tools.manifest import DataError
 from data_tools.prepare import Settings
 from data_tools.presets import prepare_preset
-from data_tools.python_edu import _parts
+from data_tools.sources import find_sources
 
 PARTS = ("cosmopedia-v2", "fineweb-edu-dedup", "python-edu")
 
@@ -45,7 +45,9 @@ def test_a_folders_name_is_no_pattern(smollm: Path, model_path: Path, tmp_path: 
     with pytest.raises(DataError, match="hold ids only") as error:
         prepare_preset("smollm-corpus", [smollm], model_path, tmp_path / "p", Settings())
     command = shlex.split(str(error.value).partition("ids only: ")[2])
-    assert [file for file, _ in _parts([command[2]])] == [smollm / "python-edu/ids.parquet"]
+    assert [source.path for source in find_sources([command[2]])] == [
+        smollm / "python-edu/ids.parquet"
+    ]
 
 
 def test_hidden_files_are_no_part(smollm: Path, model_path: Path, tmp_path: Path) -> None:
