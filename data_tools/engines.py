@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 
 from data_tools.manifest import DataError
-from data_tools.tokenizers import JsonTokenizer, TextError, Tokenizer, is_panic
+from data_tools.tokenizers import (
+    JsonTokenizer,
+    TextError,
+    Tokenizer,
+    byte_characters,
+    is_panic,
+)
 
 ENGINES = ("auto", "tokenizers", "tiktoken")
 RECHECK_EVERY = 256
@@ -209,7 +215,7 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray]:
         raise UnsupportedError("not a plain BPE")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UnsupportedError("a BPE with prefixes or suffixes")
-    to_byte = {character: byte for byte, character in enumerate(_byte_characters())}
+    to_byte = {character: byte for byte, character in enumerate(byte_characters())}
     vocab: dict[str, int] = model["vocab"]
     merged = ["".join(merge) for merge in model["merges"]]
     if any(token not in vocab for token in to_byte):
@@ -232,13 +238,6 @@ def _made_by_merges(model: dict[str, Any], tokens: Sequence[str]) -> set[str]:
     merges = json.dumps({"model": {**model, "ignore_merges": False}})
     bpe = tokenizers.Tokenizer.from_str(merges).model
     return {token for token in tokens if len(token) > 1 and len(bpe.tokenize(token)) == 1}
-
-
-def _byte_characters() -> list[str]:
-    """The character that stands for each byte in a byte-level BPE. Source: GPT-2's encoder.py."""
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in shown else next(others)) for byte in range(256)]
 
 
 def _pattern(description: dict[str, Any] | None) -> str:

@@ -24,6 +24,7 @@ from data_tools.rows import one_line
 
 END_OF_TEXT = "<|endoftext|>"
 _MOST_IDS = 1 << 31
+_UTF8_BYTES = {*range(256)} - {0xC0, 0xC1, *range(0xF5, 0x100)}
 KNOWN_EOD_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 
 # How sentencepiece writes a space inside its pieces, and this character's bytes in UTF-8.
@@ -210,9 +211,27 @@ class JsonTokenizer(Tokenizer):
             self.model.model.dropout = None  # it makes the ids a matter of chance
         self.model.encode_special_tokens = not parse_special
         self.parse_special = parse_special
+        self._check_complete()
         ids = self.model.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(ids, default=-1) + 1
         self.eod_id = find_special_eod(path, self.model.token_to_id, eod_token)
+
+    def _check_complete(self) -> None:
+        """A BPE leaves out, without a word, what it has no token for; others raise at such a text.
+
+        Raises DataError where it has neither an unknown token nor all bytes that UTF-8 uses.
+        """
+        from tokenizers import models
+
+        bpe = self.model.model
+        if not isinstance(bpe, models.BPE) or bpe.unk_token is not None or bpe.byte_fallback:
+            return
+        known = self.model.get_vocab(with_added_tokens=False)
+        if missing := _UTF8_BYTES - {i for i, c in enumerate(byte_characters()) if c in known}:
+            raise DataError(
+                f"{self.path}: a BPE without an unknown token that lacks {len(missing)} of UTF-8's "
+                "bytes, so it leaves out text; add an unk_token, or give another file"
+            )
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, without any added special token. Each int32 [n]. Raises TextError."""
@@ -297,6 +316,13 @@ class TiktokenTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens included."""
         return self.model.decode([int(token) for token in ids])
+
+
+def byte_characters() -> list[str]:
+    """The character that stands for each byte in a byte-level BPE. Source: GPT-2's encoder.py."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in shown else next(others)) for byte in range(256)]
 
 
 def is_panic(error: BaseException) -> bool:

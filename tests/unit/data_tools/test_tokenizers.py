@@ -162,6 +162,22 @@ def test_json_tokenizers_end_of_document_is_not_guessed(
         load_tokenizer(path, eod_token="<nothing>")
 
 
+def test_a_bpe_that_would_leave_out_text_is_refused(tmp_path: Path) -> None:
+    """Without a token for a character, and none for the unknown, it says nothing at all."""
+    path = json_tokenizer(tmp_path / "a.json", ["<|endoftext|>"])
+    written = json.loads(path.read_text())
+    vocab, merges = written["model"]["vocab"], written["model"]["merges"]
+    written["model"]["merges"] = [merge for merge in merges if "b" not in "".join(merge)]
+    for token in [token for token in vocab if "b" in token]:
+        del vocab[token]
+    path.write_text(json.dumps(written))
+    with pytest.raises(DataError, match=r"a\.json: a BPE without an unknown token that lacks 1 of"):
+        load_tokenizer(path)
+    written["model"]["unk_token"] = "<|endoftext|>"
+    path.write_text(json.dumps(written))
+    assert load_tokenizer(path).encode_batch(["b"])[0].size == 1
+
+
 def test_ids_are_no_matter_of_chance(tmp_path: Path) -> None:
     """A dropout that a training script has left in the file is not applied."""
     path = json_tokenizer(tmp_path / "a.json", ["<|endoftext|>"])
