@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -25,6 +26,7 @@ from data_tools.manifest import (
     WRITE_BYTES,
     DataError,
     FileRecord,
+    Manifest,
     bin_path,
     idx_path,
     manifest_path,
@@ -46,8 +48,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class IndexedWriter:
     """Takes documents; `finish` makes them appear under their names, all or nothing.
 
-    A context manager: leaving it without `finish`, by an exception or not, removes the temporary
-    files and leaves earlier outputs of the same prefix as they were.
+    Where several prefixes are to appear together, or with a manifest: `complete` all, `describe`
+    them, then `publish` all. A context manager: leaving it before, by an exception or not, removes
+    the temporary files and leaves earlier outputs of the same prefix as they were.
     """
 
     def __init__(
@@ -60,7 +63,9 @@ class IndexedWriter:
         """`dtype`: of the tokens, where it is not the one that the vocabulary asks for.
 
         write_bytes: tokens are written in such blocks, larger pieces as they come.
+        Raises DataError where a file of that name cannot be.
         """
+        check_free(prefix)
         self.prefix = str(prefix)
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size) if dtype is None else dtype
@@ -69,10 +74,11 @@ class IndexedWriter:
         self.num_tokens = 0
         folder = bin_path(prefix).parent
         folder.mkdir(parents=True, exist_ok=True)
-        self._data = HashedFile(bin_path(prefix), write_bytes)
         self._lengths = _spool(folder)
         # From the first document on that is not one sequence; before, they are counted.
         self._documents: BinaryIO | None = None
+        self._data = HashedFile(bin_path(prefix), write_bytes)
+        self._files = [self._data]  # in the order in which they take their names
 
     @property
     def digest(self) -> xxhash.xxh3_128:
@@ -88,10 +94,12 @@ class IndexedWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._data.discard()
-        self._lengths.close()
-        if self._documents:
-            self._documents.close()
+        for file in self._files:
+            file.discard()
+        for spool in (self._lengths, self._documents):
+            with suppress(OSError):  # a full disk fails here once more
+                if spool:
+                    spool.close()
 
     def add_document(
         self, tokens: np.ndarray, *, name: str, lengths: Sequence[int] | None = None
@@ -145,29 +153,42 @@ class IndexedWriter:
                 )
 
     def finish(self) -> list[FileRecord]:
-        """Writes the index, syncs both files, then renames them: first .bin, then .idx.
+        """`complete` and `publish`, without a manifest. The records of both files."""
+        records = self.complete()
+        self.publish()
+        return records
 
-        Returns the records of both. The prefix' former .manifest.json and .idx go first, so that
+    def complete(self) -> list[FileRecord]:
+        """Writes the index; both files reach the disk under temporary names. Their records."""
+        index = HashedFile(idx_path(self.prefix))
+        self._files.append(index)
+        write_index(
+            index.write,
+            self.dtype,
+            self.num_sequences,
+            self.num_documents,
+            lambda: read_table(self._lengths, np.int32),
+            read_table(self._documents, np.int64) if self._documents else None,
+        )
+        return [self._data.close(), index.close()]
+
+    def describe(self, manifest: Manifest) -> None:
+        """Has `manifest` reach the disk, to be published with the files; after `complete`."""
+        # Before the index: without that nothing is read, so a kill leaves no data undescribed.
+        self._files.insert(1, HashedFile(manifest_path(self.prefix)))
+        self._files[1].write(manifest.stored())
+        self._files[1].close()
+
+    def publish(self) -> None:
+        """Renames the files; after `complete`.
+
+        The former index and manifest of the prefix go first, and the new index comes last, so that
         a power cut in between leaves an index missing rather than one that belongs to other data.
         """
-        index = HashedFile(idx_path(self.prefix))
-        try:
-            write_index(
-                index.write,
-                self.dtype,
-                self.num_sequences,
-                self.num_documents,
-                lambda: read_table(self._lengths, np.int32),
-                read_table(self._documents, np.int64) if self._documents else None,
-            )
-            records = [self._data.close(), index.close()]
-            remove_published(self.prefix)
-            self._data.publish()
-            index.publish()
-        finally:
-            index.discard()
+        remove_published(self.prefix)
+        for file in self._files:
+            file.publish()
         sync_path(bin_path(self.prefix).parent)
-        return records
 
 
 def write_index(
@@ -222,6 +243,17 @@ def _spool(folder: Path) -> BinaryIO:
     return tempfile.TemporaryFile(dir=folder)  # type: ignore[return-value]
 
 
+def check_free(prefix: str | Path) -> None:
+    """Raises DataError where a folder has the name of a file of PREFIX, or a file of its folder."""
+    for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)):
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder; give another --out")
+    folder = bin_path(prefix).parent
+    above = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if above.exists() and not above.is_dir():
+        raise DataError(f"{above}: is a file, where a folder should be; give another --out")
+
+
 def remove_published(prefix: str | Path) -> None:
     """Takes away what would describe a .bin that is about to be replaced."""
     manifest_path(prefix).unlink(missing_ok=True)
@@ -257,5 +289,6 @@ class HashedFile:
 
     def discard(self) -> None:
         """Removes what was not published; harmless after `publish`."""
-        self.stream.close()
         self.temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk fails here once more, over what is gone already
+            self.stream.close()

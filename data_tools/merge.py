@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from data_tools.indexed_writer import IndexedWriter
+from data_tools.indexed_writer import IndexedWriter, check_free
 from data_tools.manifest import (
     CHUNK_ROWS,
     DataError,
@@ -26,7 +27,6 @@ from data_tools.manifest import (
     manifest_path,
     map_blocks,
     read_manifest,
-    write_manifest,
 )
 
 _DOCUMENTS_PER_STEP = 1 << 16
@@ -45,8 +45,7 @@ def merge(prefixes: Sequence[str | Path], out_prefix: str | Path) -> Manifest:
     """
     if len(prefixes) < 2:
         raise DataError("nothing to merge; give two prefixes or more")
-    if Path(out_prefix) in map(Path, prefixes):
-        raise DataError(f"{out_prefix}: is one of the inputs; give another --out")
+    _check_outputs([out_prefix], prefixes)
     parts = [_checked(prefix) for prefix in prefixes]
     manifests = [manifest for _, manifest in parts]
     _check_alike(prefixes, manifests)
@@ -58,19 +57,19 @@ def merge(prefixes: Sequence[str | Path], out_prefix: str | Path) -> Manifest:
         for files, manifest in parts:
             _copy_tokens(files, manifest, writer)
             _copy_tables(files, writer)
-        outputs = writer.finish()
-    merged = first.changed(
-        sources=_union(manifests),
-        options=first.options.model_copy(update={"shard": shard}),
-        documents=writer.num_documents,
-        tokens=writer.num_tokens,
-        empty_documents=sum(manifest.empty_documents for manifest in manifests),
-        skipped=sum(manifest.skipped for manifest in manifests),
-        skipped_rows=[row for manifest in manifests for row in manifest.skipped_rows][:1000],
-        derived_from=[str(prefix) for prefix in prefixes],
-        outputs=outputs,
-    )
-    write_manifest(out_prefix, merged)
+        merged = first.changed(
+            sources=_union(manifests),
+            options=first.options.model_copy(update={"shard": shard}),
+            documents=writer.num_documents,
+            tokens=writer.num_tokens,
+            empty_documents=sum(manifest.empty_documents for manifest in manifests),
+            skipped=sum(manifest.skipped for manifest in manifests),
+            skipped_rows=[row for manifest in manifests for row in manifest.skipped_rows][:1000],
+            derived_from=[str(prefix) for prefix in prefixes],
+            outputs=writer.complete(),
+        )
+        writer.describe(merged)
+        writer.publish()
     return merged
 
 
@@ -80,19 +79,21 @@ def split(
     """Deals the documents out to OUT-NAME, by the hash of each document's tokens and the seed.
 
     shares: name -> share of the documents; they add up to 1. Equal documents go the same way, and
-    none changes sides when others come or go. Raises DataError.
+    none changes sides when others come or go. No part takes its name before all are written. Raises
+    DataError where the files are damaged, an output is the input, or the shares are none.
     """
     if len(shares) < 2 or any(not 0 < share < 1 for share in shares.values()):
         raise DataError(f"shares {dict(shares)}; give two or more, each between 0 and 1")
     if abs(sum(shares.values()) - 1) > 1e-9:
         raise DataError(f"shares {dict(shares)} add up to {sum(shares.values()):g}; make it 1")
+    out_prefixes = [f"{out_prefix}-{name}" for name in shares]
+    _check_outputs(out_prefixes, [prefix])
     files, manifest = _checked(prefix)
     bounds = [int(bound * 2**64) for bound in accumulate(shares.values())][:-1]
     dtype, vocab_size = np.dtype(manifest.dtype), manifest.tokenizer.vocab_size
     with ExitStack() as stack:
         writers = [
-            stack.enter_context(IndexedWriter(f"{out_prefix}-{name}", vocab_size, dtype))
-            for name in shares
+            stack.enter_context(IndexedWriter(out, vocab_size, dtype)) for out in out_prefixes
         ]
         digest = _deal(files, writers, bounds, seed)
         check_content(bin_path(prefix), manifest.outputs[0], digest)
@@ -105,10 +106,21 @@ def split(
                 documents=writer.num_documents,
                 tokens=writer.num_tokens,
                 derived_from=[f"{prefix}, split {name} {share:g}, seed {seed}"],
-                outputs=writer.finish(),
+                outputs=writer.complete(),
             )
-            write_manifest(f"{out_prefix}-{name}", made[name])
+            writer.describe(made[name])
+        for writer in writers:
+            writer.publish()
     return made
+
+
+def _check_outputs(out_prefixes: Sequence[str | Path], prefixes: Sequence[str | Path]) -> None:
+    """Raises DataError where an output is one of the inputs, however spelt, or cannot be made."""
+    inputs = {os.path.realpath(bin_path(prefix)): prefix for prefix in prefixes}
+    for out in out_prefixes:
+        if (same := inputs.get(os.path.realpath(bin_path(out)))) is not None:
+            raise DataError(f"{out}: is the input {same}; give another --out")
+        check_free(out)
 
 
 def _checked(prefix: str | Path) -> tuple[IndexedFiles, Manifest]:

@@ -1,5 +1,8 @@
 """What we write is what megatron-core's builder writes, byte for byte, or nothing at all."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 import data_tools.indexed_writer as indexed_writer
 import data_tools.manifest as manifest
 from data_tools.indexed_writer import IndexedWriter, token_dtype, write_index
-from data_tools.manifest import DataError, check_indexed, hash_file
+from data_tools.manifest import DataError, Manifest, check_indexed, hash_file
+from data_tools.verify import verify
 
 # Documents as lists of sequence lengths: several sequences, an empty sequence, an empty document.
 DOCUMENTS = [[5], [2], [9], [3, 4, 2], [0], [], [1, 0, 6], [300]]
@@ -125,6 +129,118 @@ def test_a_failing_disk_publishes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(OSError, match="No space left"):
             writer.finish()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@contextmanager
+def full_disk(most_bytes: int) -> Iterator[None]:
+    """Files end there, as on a full disk: writing, and closing after that, raises OSError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("buffered", [1 << 12, 1 << 22])
+@pytest.mark.parametrize("lengths", [None, [5000, 3000]], ids=["whole", "cut"])
+def test_nothing_is_left_on_a_full_disk(
+    tmp_path: Path, lengths: list[int] | None, buffered: int
+) -> None:
+    """Whichever file is the first that does not fit, and whether it is noticed late."""
+
+    def write() -> None:
+        with IndexedWriter(tmp_path / "a", 40, write_bytes=buffered) as writer:
+            for _ in range(4):
+                writer.add_document(np.ones(8000, int), name="made up", lengths=lengths)
+            writer.finish()
+
+    for most_bytes in (0, 60, 20_000, 63_999):
+        with full_disk(most_bytes), pytest.raises(OSError, match="File too large"):
+            write()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_does_not_hide_the_fault(tmp_path: Path) -> None:
+    """Which was there before what is still in memory failed to reach the disk."""
+
+    def write() -> None:
+        with IndexedWriter(tmp_path / "a", 40) as writer:
+            writer.add_document(np.ones(3, int), name="made up", lengths=[1, 2])
+            writer.add_document(np.array([40]), name="made up")
+
+    with full_disk(0), pytest.raises(DataError, match="outside the vocabulary"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.idx", "a.manifest.json"])
+def test_a_folder_of_that_name_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=rf"{name}: is a folder; give another --out"):
+        IndexedWriter(tmp_path / "a", 40)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("out", ["file/a", "file/b/a"])
+def test_a_file_in_place_of_the_folder_is_refused_at_once(tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"/file: is a file, where a folder should be"):
+        IndexedWriter(tmp_path / out, 40)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_what_a_cut_while_publishing_leaves_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Neither data that the old manifest describes, nor data without a manifest."""
+    renamed = []
+
+    def cut(file: indexed_writer.HashedFile) -> None:
+        if len(renamed) == stop:
+            raise KeyboardInterrupt
+        renamed.append(file.path.name)
+        file.temporary.replace(file.path)
+
+    prefix = written(tmp_path / "a")
+    monkeypatch.setattr(indexed_writer.HashedFile, "publish", cut)
+    with pytest.raises(KeyboardInterrupt):
+        written(prefix)
+    assert renamed == ["a.bin", "a.manifest.json"][:stop]
+    with pytest.raises(DataError, match=r"a\.idx: no such file"):
+        check_indexed(prefix)
+    assert not list(tmp_path.glob("*.tmp-*"))
+    monkeypatch.undo()
+    assert verify(written(prefix)).manifest is not None
+
+
+def written(prefix: Path) -> Path:
+    """A document with its manifest, published together."""
+    with IndexedWriter(prefix, 40) as writer:
+        writer.add_document(np.arange(3), name="made up")
+        writer.describe(
+            Manifest.model_validate(
+                {
+                    "sources": [],
+                    "tokenizer": {
+                        "kind": "sentencepiece",
+                        "name": "a.model",
+                        "fingerprint": "0" * 32,
+                        "vocab_size": 40,
+                        "eod_id": 0,
+                    },
+                    "options": {"text_column": "text", "append_eod": False},
+                    "dtype": "uint16",
+                    "documents": 1,
+                    "empty_documents": 0,
+                    "tokens": 3,
+                    "outputs": writer.complete(),
+                    "versions": {},
+                }
+            )
+        )
+        writer.publish()
+    return prefix
 
 
 def test_pointers_beyond_2_to_the_31(tmp_path: Path) -> None:

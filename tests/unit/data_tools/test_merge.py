@@ -28,6 +28,7 @@ from data_tools.tokenizers import SentencePieceTokenizer
 from data_tools.units import Shard
 from data_tools.verify import verify
 from taid_megatron.config.load import load
+from tests.unit.data_tools.test_indexed_writer import full_disk
 from tests.unit.data_tools.test_manifest import HASH
 from tests.unit.data_tools.test_prepare import content, many  # noqa: F401 - a fixture
 
@@ -157,6 +158,64 @@ def test_a_split_deals_out_every_document_once(tmp_path: Path) -> None:
     assert documents_of(tmp_path / "u-test") != parts["test"]
 
 
+@pytest.mark.parametrize("spelt", ["{0}/a", "a", "sub/../a", "linked/a", "./a"])
+def test_an_input_is_never_an_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelt: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path)
+    write(Path("a"), FIRST)
+    write(Path("b"), SECOND)
+    write(Path("o-a"), FIRST)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
+    spelt = spelt.format(tmp_path)
+    for inputs, out in ((["b", "a"], spelt), (["b", spelt], "a")):
+        with pytest.raises(DataError, match="is the input .*a; give another --out"):
+            merge(inputs, out)
+    out = spelt.removesuffix("a") + "o"
+    with pytest.raises(DataError, match="o-a: is the input o-a; give another --out"):
+        split("o-a", {"b": 0.5, "a": 0.5}, out)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+
+
+@pytest.mark.parametrize("name", ["bin", "idx", "manifest.json"])
+def test_a_folder_in_the_way_stops_before_any_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"s-b.{name}").mkdir()
+    for act in (
+        lambda: split(tmp_path / "none", {"a": 0.5, "b": 0.5}, tmp_path / "s"),
+        lambda: merge([tmp_path / "none", tmp_path / "none"], tmp_path / "s-b"),
+    ):
+        with pytest.raises(DataError, match=rf"s-b\.{name}: is a folder; give another --out"):
+            act()
+    assert [path.name for path in tmp_path.iterdir()] == [f"s-b.{name}"]
+
+
+def test_a_full_disk_leaves_nothing_of_a_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it fills up: no part is published before all are on the disk, manifests included."""
+    prefix = write(tmp_path / "a", [[[i % 90 + 1] * 1000 + [0]] for i in range(64)])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    shares = {"a": 0.5, "b": 0.5}
+    for most_bytes in (0, 100, 20_000):
+        with full_disk(most_bytes), pytest.raises(OSError, match="File too large"):
+            split(prefix, shares, tmp_path / "s")
+    left = iter(range(0))
+
+    def full(descriptor: int) -> None:
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    for files in range(len(shares) * 3):
+        left = iter(range(files))
+        with pytest.raises(OSError, match="No space left"):
+            split(prefix, shares, tmp_path / "s")
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are UTF-8")
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     """As of files with Latin-1 names: the manifest has their odd bytes escaped."""
     odd = tmp_path / "caf\udce9"
