@@ -21,7 +21,7 @@ import mmap
 import os
 import secrets
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -250,7 +250,10 @@ class TokenizerRecord(_Record):
 
 
 class Options(_Record):
-    """The choices that decide the tokens, besides the sources and the tokenizer."""
+    """The choices that decide the tokens, besides the sources and the tokenizer.
+
+    Of merged data: a limit that was not the same for all is None, text columns are all named.
+    """
 
     text_column: Printable
     append_eod: bool
@@ -281,6 +284,8 @@ class Manifest(_Record):
     skipped_rows: list[Printable] = []
     """The first of them: file, row and fault."""
     tokens: int = Field(ge=0)
+    plan: str | None = Field(default=None, pattern="^[0-9a-f]{32}$")
+    """See `plan_digest`; the same for all shards of a run."""
     engine: str | None = None
     """What computed the ids: the tokenizer's own library, or a faster one checked against it."""
     derived_from: list[Printable] = []
@@ -296,6 +301,18 @@ class Manifest(_Record):
     def stored(self) -> bytes:
         """The content of PREFIX.manifest.json."""
         return self.model_dump_json(indent=1).encode() + b"\n"
+
+
+def plan_digest(sources: Iterable[tuple[str, int]]) -> str:
+    """xxh3-128 (hex) of all sources' (name, bytes), in order; of a run, whatever its shard reads.
+
+    Without their folders, which may be others on another machine. The options are not in it: the
+    manifest has them itself.
+    """
+    digest = xxhash.xxh3_128()
+    for name, size in sources:
+        digest.update(f"{printable(Path(name).name)}\0{size}\0".encode())
+    return digest.hexdigest()
 
 
 def read_manifest(prefix: str | Path) -> Manifest | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
@@ -40,8 +40,8 @@ def merge(prefixes: Sequence[str | Path], out_prefix: str | Path) -> Manifest:
     """Joins prepared data in the given order; memory is constant.
 
     What is read is hashed on the way and compared with its manifest. Shards have to be all of
-    them, in order: then the result is what one run would have written. Raises DataError where a
-    file is damaged or two do not belong together.
+    one run, in order: then the result is what one run would have written. Raises DataError where a
+    file is damaged, two do not belong together, or the output is an input.
     """
     if len(prefixes) < 2:
         raise DataError("nothing to merge; give two prefixes or more")
@@ -49,7 +49,7 @@ def merge(prefixes: Sequence[str | Path], out_prefix: str | Path) -> Manifest:
     parts = [_checked(prefix) for prefix in prefixes]
     manifests = [manifest for _, manifest in parts]
     _check_alike(prefixes, manifests)
-    shard = _check_shards(prefixes, manifests)
+    are_shards = _check_shards(prefixes, manifests)
     first = manifests[0]
     dtype = np.dtype(first.dtype)
     vocab_size = first.tokenizer.vocab_size
@@ -58,13 +58,10 @@ def merge(prefixes: Sequence[str | Path], out_prefix: str | Path) -> Manifest:
             _copy_tokens(files, manifest, writer)
             _copy_tables(files, writer)
         merged = first.changed(
-            sources=_union(manifests),
-            options=first.options.model_copy(update={"shard": shard}),
+            **_joined_description(manifests),
+            plan=next((one.plan for one in manifests if one.plan), None) if are_shards else None,
             documents=writer.num_documents,
             tokens=writer.num_tokens,
-            empty_documents=sum(manifest.empty_documents for manifest in manifests),
-            skipped=sum(manifest.skipped for manifest in manifests),
-            skipped_rows=[row for manifest in manifests for row in manifest.skipped_rows][:1000],
             derived_from=[str(prefix) for prefix in prefixes],
             outputs=writer.complete(),
         )
@@ -84,6 +81,9 @@ def split(
     """
     if len(shares) < 2 or any(not 0 < share < 1 for share in shares.values()):
         raise DataError(f"shares {dict(shares)}; give two or more, each between 0 and 1")
+    for name in shares:
+        if not name or Path(name).name != name:
+            raise DataError(f"{name!r} names no file; give NAME=SHARE with a name without folders")
     if abs(sum(shares.values()) - 1) > 1e-9:
         raise DataError(f"shares {dict(shares)} add up to {sum(shares.values()):g}; make it 1")
     out_prefixes = [f"{out_prefix}-{name}" for name in shares]
@@ -138,44 +138,84 @@ def _checked(prefix: str | Path) -> tuple[IndexedFiles, Manifest]:
 
 
 def _check_alike(prefixes: Sequence[str | Path], manifests: Sequence[Manifest]) -> None:
-    def traits(manifest: Manifest) -> dict[str, object]:
-        return {
-            "tokenizer": manifest.tokenizer.fingerprint,
+    traits = [
+        {
+            "tokenizer": (manifest.tokenizer.fingerprint, manifest.tokenizer.vocab_size),
             "token type": manifest.dtype,
             "end of document": (manifest.options.append_eod, manifest.tokenizer.eod_id),
+            "--parse-special": manifest.options.parse_special,
         }
-
-    for prefix, manifest in zip(prefixes, manifests, strict=True):
-        for name, value in traits(manifest).items():
-            if value != traits(manifests[0])[name]:
-                raise DataError(
-                    f"{manifest_path(prefix)}: another {name} than {prefixes[0]}'s; prepare both "
-                    "alike"
-                )
+        for manifest in manifests
+    ]
+    _check_same(prefixes, traits, "prepare both alike")
 
 
-def _check_shards(prefixes: Sequence[str | Path], manifests: Sequence[Manifest]) -> str | None:
-    """What the merged data are a shard of: nothing, once all are there."""
+def _check_shards(prefixes: Sequence[str | Path], manifests: Sequence[Manifest]) -> bool:
+    """Whether these are shards: then all those of one run, in order, or DataError."""
     shards = [manifest.options.shard for manifest in manifests]
     if not any(shards):
-        return None
+        return False
     wanted = [f"{index}/{len(shards)}" for index in range(1, len(shards) + 1)]
     if shards != wanted:
         raise DataError(
             f"{prefixes[0]}: shards {', '.join(map(str, shards))} in that order; give all of one "
             "run, from the first to the last"
         )
-    return None
+    mend = "give shards of one run"
+    options = [manifest.options.model_dump(exclude={"shard"}) for manifest in manifests]
+    _check_same(prefixes, options, mend)
+    planned = [pair for pair in zip(prefixes, manifests, strict=True) if pair[1].plan]
+    plans = [{"set of sources": manifest.plan} for _, manifest in planned]
+    _check_same([prefix for prefix, _ in planned], plans, mend)
+    read: dict[str, FileRecord] = {}
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        for source in manifest.sources:
+            if read.setdefault(source.name, source) != source:
+                raise DataError(
+                    f"{manifest_path(prefix)}: {source.name} is not what another shard has read; "
+                    "it was changed in between, so prepare all shards again"
+                )
+    return True
 
 
-def _union(manifests: Sequence[Manifest]) -> list[FileRecord]:
-    return list(
-        {
-            (record.name, record.xxh3): record
-            for manifest in manifests
-            for record in manifest.sources
-        }.values()
-    )
+def _check_same(
+    prefixes: Sequence[str | Path], traits: Sequence[Mapping[str, object]], mend: str
+) -> None:
+    """Raises DataError at the first trait that is not as the first prefix has it."""
+    for prefix, found in zip(prefixes, traits, strict=True):
+        for name, value in found.items():
+            if value != traits[0][name]:
+                raise DataError(
+                    f"{manifest_path(prefix)}: another {name} than {prefixes[0]}'s; {mend}"
+                )
+
+
+def _joined_description(manifests: Sequence[Manifest]) -> dict[str, object]:
+    """What is true of all, and the sums of what is counted."""
+    options = [manifest.options for manifest in manifests]
+    limits: dict[str, object] = {}
+    for name in ("max_document_bytes", "fraction", "token_budget"):
+        values = {getattr(one, name) for one in options}
+        limits[name] = values.pop() if len(values) == 1 else None
+    columns = _joined(one.text_column for one in options)
+    packages = dict.fromkeys(name for manifest in manifests for name in manifest.versions)
+    sources = {(one.name, one.xxh3): one for manifest in manifests for one in manifest.sources}
+    return {
+        "sources": list(sources.values()),
+        "options": options[0].model_copy(update={"shard": None, "text_column": columns, **limits}),
+        "empty_documents": sum(manifest.empty_documents for manifest in manifests),
+        "skipped": sum(manifest.skipped for manifest in manifests),
+        "skipped_rows": [row for manifest in manifests for row in manifest.skipped_rows][:1000],
+        "engine": _joined(manifest.engine for manifest in manifests) or None,
+        "versions": {
+            name: _joined(manifest.versions.get(name) for manifest in manifests)
+            for name in packages
+        },
+    }
+
+
+def _joined(values: Iterable[str | None]) -> str:
+    return ", ".join(dict.fromkeys(value for value in values if value))
 
 
 def _copy_tokens(files: IndexedFiles, manifest: Manifest, writer: IndexedWriter) -> None:

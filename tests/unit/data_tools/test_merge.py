@@ -3,7 +3,9 @@
 import gc
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -33,8 +35,15 @@ from tests.unit.data_tools.test_manifest import HASH
 from tests.unit.data_tools.test_prepare import content, many  # noqa: F401 - a fixture
 
 
-def write(prefix: Path, documents: list[list[list[int]]], **changes: object) -> Path:
-    """Documents as sequences of ids; 0 ends a document."""
+def write(
+    prefix: Path,
+    documents: list[list[list[int]]],
+    *,
+    fingerprint: str = HASH,
+    options: Mapping[str, object] = MappingProxyType({}),
+    **fields: object,
+) -> Path:
+    """Documents as sequences of ids; 0 ends a document. options, fields: of the manifest."""
     with IndexedWriter(prefix, 100) as writer:
         for sequences in documents:
             tokens = np.array([token for sequence in sequences for token in sequence], dtype=int)
@@ -45,11 +54,11 @@ def write(prefix: Path, documents: list[list[list[int]]], **changes: object) -> 
         "tokenizer": {
             "kind": "sentencepiece",
             "name": "a.model",
-            "fingerprint": changes.get("fingerprint", HASH),
+            "fingerprint": fingerprint,
             "vocab_size": 100,
             "eod_id": 0,
         },
-        "options": {"text_column": "text", "append_eod": changes.get("append_eod", True)},
+        "options": {"text_column": "text", "append_eod": True, **options},
         "dtype": "uint16",
         "documents": len(documents),
         "empty_documents": 1,
@@ -58,6 +67,7 @@ def write(prefix: Path, documents: list[list[list[int]]], **changes: object) -> 
         "tokens": writer.num_tokens,
         "outputs": outputs,
         "versions": {},
+        **fields,
     }
     write_manifest(prefix, Manifest.model_validate(record))
     return prefix
@@ -104,6 +114,55 @@ def test_merging_keeps_documents_of_several_sequences(tmp_path: Path) -> None:
     assert "hashes" in verify(tmp_path / "c").checked
 
 
+SOURCE = {"name": "c.jsonl", "bytes": 9, "xxh3": HASH}
+SHARD = {"text_column": "text", "append_eod": True, "max_document_bytes": 100, "fraction": 0.5}
+
+
+def shard(folder: Path, index: int, **changes: object) -> Path:
+    """One of two shards of a run that read one file; with what is other in its manifest."""
+    fields = {"sources": [SOURCE], "plan": HASH, "engine": "tokenizers", **changes}
+    options = {**SHARD, "shard": f"{index}/2", **fields.pop("options", {})}
+    return write(folder / f"part{index}", FIRST, options=options, **fields)
+
+
+@pytest.mark.parametrize(
+    ("changes", "other"),
+    [
+        ({"plan": "1" * 32}, "another set of sources than"),
+        ({"options": {"text_column": "body"}}, "another text_column than"),
+        ({"options": {"fraction": 0.25}}, "another fraction than"),
+        ({"options": {"max_document_bytes": None}}, "another max_document_bytes than"),
+        ({"sources": [{**SOURCE, "xxh3": "1" * 32}]}, "c.jsonl is not what another shard has read"),
+    ],
+)
+def test_shards_of_another_run_are_not_merged(
+    tmp_path: Path, changes: dict[str, object], other: str
+) -> None:
+    parts = [shard(tmp_path, 1), shard(tmp_path, 2, **changes)]
+    with pytest.raises(DataError, match=rf"part2\.manifest\.json: {other}"):
+        merge(parts, tmp_path / "x")
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_shards_may_differ_in_what_computed_them(tmp_path: Path) -> None:
+    """And in whether the version that made them knew plans; both computers are named."""
+    first = shard(tmp_path, 1, plan=None, versions={"numpy": "1", "pyarrow": "3"})
+    second = shard(tmp_path, 2, engine="tiktoken", versions={"numpy": "2"})
+    merged = merge([first, second], tmp_path / "m")
+    assert (merged.plan, merged.engine) == (HASH, "tokenizers, tiktoken")
+    assert merged.versions == {"numpy": "1, 2", "pyarrow": "3"}
+    assert merged.options.model_dump(exclude_defaults=True) == SHARD
+
+
+def test_of_several_corpora_only_what_is_true_of_all_is_told(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", FIRST, options={"fraction": 0.5, "token_budget": 6}, plan=HASH)
+    options = {"text_column": "body", "fraction": 0.25, "token_budget": 6}
+    merged = merge([first, write(tmp_path / "b", SECOND, options=options)], tmp_path / "m")
+    told = {"text_column": "text, body", "append_eod": True, "token_budget": 6}
+    assert merged.options.model_dump(exclude_defaults=True) == told
+    assert merged.plan is None
+
+
 def flip(path: Path, offset: int) -> None:
     raw = bytearray(path.read_bytes())
     raw[offset] ^= 1
@@ -113,7 +172,8 @@ def flip(path: Path, offset: int) -> None:
 def test_what_does_not_belong_together_is_not_merged(tmp_path: Path) -> None:
     a = write(tmp_path / "a", FIRST)
     other = write(tmp_path / "other", SECOND, fingerprint="1" * 32)
-    without = write(tmp_path / "without", SECOND, append_eod=False)
+    without = write(tmp_path / "without", SECOND, options={"append_eod": False})
+    special = write(tmp_path / "special", SECOND, options={"parse_special": True})
     damaged = write(tmp_path / "damaged", SECOND)
     flip(Path(f"{damaged}.bin"), 4)
     uncut = write(tmp_path / "uncut", SECOND)
@@ -123,6 +183,7 @@ def test_what_does_not_belong_together_is_not_merged(tmp_path: Path) -> None:
     for second, fault in (
         (other, "another tokenizer than"),
         (without, "another end of document than"),
+        (special, "another --parse-special than"),
         (damaged, r"damaged\.bin: its content .* is not what the manifest describes"),
         (uncut, r"uncut\.idx: its content .* is not what the manifest describes"),
         (bare, "which tokenizer made the data is not known"),
@@ -236,6 +297,9 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
         ({"a": 1.0}, "two or more"),
         ({"a": 1.5, "b": -0.5}, "each between 0 and 1"),
         ({"a": 1 - 1e-6, "b": 1e-6}, "no document falls to b"),
+        ({"": 0.5, "b": 0.5}, "'' names no file"),
+        ({"a": 0.5, "../s": 0.5}, "'../s' names no file"),
+        ({"a": 0.5, "b/": 0.5}, "'b/' names no file"),
     ],
 )
 def test_impossible_splits(tmp_path: Path, shares: dict[str, float], fault: str) -> None:
