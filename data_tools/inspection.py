@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_tools.lengths import document_lengths, histogram_picture, histogram_text
-from data_tools.manifest import DataError, check_indexed, read_manifest
+from data_tools.manifest import DataError, check_counts, check_indexed, read_manifest
 from data_tools.tokenizers import Tokenizer, load_tokenizer
 from data_tools.verify import check_same_tokenizer
 
@@ -17,16 +16,19 @@ def describe(
     tokenizer: str | Path | None = None,
     *,
     eod_token: str | None = None,
-    shown: Sequence[int] = (0,),
+    shown: range = range(1),
     histogram: Path | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """(text for people, values for machines).
 
-    tokenizer: decodes the documents, which else are shown as ids. shown: numbers of documents;
-    those beyond the last are left out. histogram: a PNG to write. Raises DataError.
+    tokenizer: decodes the documents, which else are shown as ids. shown: numbers of documents, from
+    0 on; those beyond the last are left out. histogram: a PNG to write. Raises DataError where a
+    file is damaged, the tokenizer is another, or the picture cannot be drawn.
     """
     files = check_indexed(prefix, deep=True)
     manifest = read_manifest(prefix)
+    if manifest:
+        check_counts(files, manifest)
     model = load_tokenizer(tokenizer, eod_token=eod_token) if tokenizer else None
     if model and manifest:
         check_same_tokenizer(prefix, manifest, model)
@@ -70,8 +72,7 @@ def describe(
             histogram_picture(lengths, histogram, Path(prefix).name)
     texts = {
         number: _shown(f"{prefix}.bin, document {number}", files.document(number).tolist(), model)
-        for number in shown
-        if number < files.num_documents
+        for number in range(shown.start, min(shown.stop, files.num_documents), shown.step)
     }
     values["texts"] = texts
     for number, text in texts.items():

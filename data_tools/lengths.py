@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_tools.manifest import CHUNK_ROWS, DataError, IndexedFiles
+from data_tools.manifest import (
+    CHUNK_ROWS,
+    DataError,
+    IndexedFiles,
+    printable,
+    write_atomically,
+)
 
 # Longer documents share the last bin; all figures but their percentiles stay exact.
 _LONGEST_COUNTED = 1 << 20
@@ -67,9 +74,14 @@ def histogram_text(lengths: Lengths, width: int = 40) -> str:
 
 
 def histogram_picture(lengths: Lengths, out: Path, title: str) -> None:
-    """Writes a PNG. Raises DataError where matplotlib is missing or the name is another kind's."""
+    """Writes a PNG, whole or not at all.
+
+    Raises DataError where matplotlib is missing, or the name is another kind's or a folder's.
+    """
     if out.suffix != ".png":
         raise DataError(f"{out}: the picture is a PNG; give a name that ends in .png")
+    if out.is_dir():
+        raise DataError(f"{out}: is a folder; give another --histogram")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -81,6 +93,9 @@ def histogram_picture(lengths: Lengths, out: Path, title: str) -> None:
     axes = figure.subplots()
     axes.bar([f"{start:,}" for start, _ in bins], [count for _, count in bins], width=1.0, ec="w")
     axes.tick_params(axis="x", labelrotation=60)
-    axes.set(title=title, xlabel="tokens in a document, from", ylabel="documents")
+    axes.set(xlabel="tokens in a document, from", ylabel="documents")
+    axes.set_title(printable(title), parse_math=False)  # a name may hold dollars
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    write_atomically(out, picture.getvalue())

@@ -325,6 +325,8 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         raw = path.read_bytes()
     except FileNotFoundError:
         return None
+    except IsADirectoryError as error:
+        raise DataError(f"{path}: is a folder; remove it, or give another prefix") from error
     try:
         return Manifest.model_validate_json(raw)
     except ValidationError as error:
@@ -336,6 +338,17 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
     """Writes PREFIX.manifest.json in one piece: a reader sees the old one or the new one."""
     write_atomically(manifest_path(prefix), manifest.stored())
+
+
+def check_counts(files: IndexedFiles, manifest: Manifest) -> None:
+    """Raises DataError where the files' counts or token type are not what the manifest says."""
+    found = (files.num_documents, files.num_tokens, str(files.dtype))
+    noted = (manifest.documents, manifest.tokens, manifest.dtype)
+    if found != noted:
+        raise DataError(
+            f"{files.prefix}.idx: (documents, tokens, type) are {found}, the manifest says "
+            f"{noted}; these files do not belong together, prepare the data again"
+        )
 
 
 def check_content(path: Path, record: FileRecord, xxh3: str | None = None) -> None:

@@ -21,6 +21,7 @@ from data_tools.manifest import (
     Manifest,
     bin_path,
     check_content,
+    check_counts,
     check_indexed,
     hash_file,
     idx_path,
@@ -130,8 +131,7 @@ def _checked(prefix: str | Path) -> tuple[IndexedFiles, Manifest]:
         raise DataError(
             f"{manifest_path(prefix)}: no such file; which tokenizer made the data is not known"
         )
-    if (files.num_documents, files.num_tokens) != (manifest.documents, manifest.tokens):
-        raise DataError(f"{prefix}: its files do not belong together; see taid-data verify")
+    check_counts(files, manifest)
     index = idx_path(prefix)
     check_content(index, manifest.outputs[1], hash_file(index))
     return files, manifest

@@ -16,6 +16,7 @@ from data_tools.manifest import (
     Manifest,
     bin_path,
     check_content,
+    check_counts,
     check_indexed,
     hash_file,
     idx_path,
@@ -54,7 +55,7 @@ def verify(
     checked = ["structure"] if fast else ["structure", "index"]
     unchecked = []
     if manifest:
-        _check_counts(files, manifest)
+        check_counts(files, manifest)
         for path, record in zip(_outputs(prefix), manifest.outputs, strict=True):
             check_content(path, record)
         checked += ["counts", "sizes"]
@@ -84,16 +85,6 @@ def check_same_tokenizer(prefix: str | Path, manifest: Manifest, tokenizer: Toke
 
 def _outputs(prefix: str | Path) -> tuple[Path, Path]:
     return bin_path(prefix), idx_path(prefix)
-
-
-def _check_counts(files: IndexedFiles, manifest: Manifest) -> None:
-    found = (files.num_documents, files.num_tokens, str(files.dtype))
-    noted = (manifest.documents, manifest.tokens, manifest.dtype)
-    if found != noted:
-        raise DataError(
-            f"{files.prefix}.idx: (documents, tokens, type) are {found}, the manifest says "
-            f"{noted}; these files do not belong together, prepare the data again"
-        )
 
 
 def _expected(

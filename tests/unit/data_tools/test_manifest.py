@@ -167,6 +167,10 @@ def test_a_manifest_of_another_form_is_refused(tmp_path: Path, change: dict, fau
     path.write_text("{")
     with pytest.raises(DataError, match=r"a\.manifest\.json: the file: Invalid JSON"):
         read_manifest(prefix)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=r"a\.manifest\.json: is a folder"):
+        read_manifest(prefix)
 
 
 def test_every_name_in_a_manifest_can_be_written(tmp_path: Path) -> None:

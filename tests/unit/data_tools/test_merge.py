@@ -341,6 +341,8 @@ def test_the_trainer_takes_a_blend(tmp_path: Path) -> None:
         ({}, "nothing to blend"),
         ({str(a): 1.0, str(b): None}, "to all or to none"),
         ({str(a): -1.0}, "above 0"),
+        ({str(a): 1e308, str(b): 1e308}, "too large to be added"),
+        ({str(a): 1e307, str(b): 1e307}, "too large to be added"),
         ({str(tmp_path / "none"): 1.0}, "no such file"),
     ):
         with pytest.raises(DataError, match=fault):
@@ -348,6 +350,36 @@ def test_the_trainer_takes_a_blend(tmp_path: Path) -> None:
     other = write(tmp_path / "other", SECOND, fingerprint="1" * 32)
     with pytest.raises(DataError, match="not of one tokenizer"):
         write_blend({str(a): 1.0, str(other): 1.0}, out)
+
+
+def test_a_blend_is_of_good_files_and_overwrites_none(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", FIRST), write(tmp_path / "b", SECOND)
+    empty = write(tmp_path / "empty", [[[]]])
+    manifest_path(a).write_bytes(manifest_path(b).read_bytes())
+    linked = tmp_path / "linked"
+    linked.symlink_to(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
+    for prefix, out, fault in (
+        (a, tmp_path / "x", "do not belong together"),
+        (empty, tmp_path / "x", "holds no token; leave it out"),
+        (b, linked, "is a folder; give another --out"),
+        *((b, linked / f"b.{name}", "is a file of .*b;") for name in ("bin", "idx")),
+        (b, manifest_path(b), "is a file of .*b; give another --out"),
+    ):
+        with pytest.raises(DataError, match=fault):
+            write_blend({str(prefix): 1.0}, out)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+
+
+def test_a_token_type_that_the_manifest_does_not_name_is_not_copied(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", FIRST, dtype="int32")
+    for act in (
+        lambda: split(a, {"a": 0.5, "b": 0.5}, tmp_path / "x"),
+        lambda: merge([a, a], tmp_path / "x"),
+    ):
+        with pytest.raises(DataError, match=r"uint16.*the manifest says .*int32"):
+            act()
+    assert not list(tmp_path.glob("x*"))
 
 
 VERIFIED = ["structure", "index", "counts", "sizes", "hashes", "ids in the vocabulary"]
