@@ -85,9 +85,13 @@ def _shown(place: str, ids: list[int], model: Tokenizer | None) -> str:
         return " ".join(map(str, ids))
     if ids and ids[-1] == model.eod_id:
         ids = ids[:-1]
+    # Of a file without a manifest. Some libraries leave out, or break off over, what they lack.
+    is_known = not ids or 0 <= min(ids) <= max(ids) < model.vocab_size
     try:
-        return model.decode(ids)
-    except (IndexError, KeyError, OverflowError) as error:  # of a file without a manifest
-        raise DataError(
-            f"{place}: an id that {model.path} does not have; give the tokenizer that made it"
-        ) from error
+        if is_known:
+            return model.decode(ids)
+    except KeyError:  # a gap in the vocabulary
+        pass
+    raise DataError(
+        f"{place}: an id that {model.path} does not have; give the tokenizer that made it"
+    )

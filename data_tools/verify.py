@@ -144,6 +144,13 @@ def _check_ids(data: Path, tokens: np.ndarray, position: int, vocab_size: int) -
 def _check_ends(
     data: Path, is_end: np.ndarray, expected: np.ndarray, position: int, is_exact: bool
 ) -> None:
+    # Of a document without a token, the last one is that of the document before it, or -1.
+    empty = np.flatnonzero(np.diff(expected, prepend=-1) == 0)
+    if empty.size:
+        raise DataError(
+            f"{data}: a document without a token, and so without the end-of-document id, before "
+            f"token {position + int(expected[empty[0]]) + 1}; prepare the data again"
+        )
     if not is_end[expected].all():
         where = position + int(expected[~is_end[expected]][0])
         raise DataError(

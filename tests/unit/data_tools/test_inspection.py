@@ -1,10 +1,14 @@
 """What inspect shows is bounded by what is there, and its picture is whole or not at all."""
 
+import base64
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_tools.indexed_writer import IndexedWriter
 from data_tools.inspection import describe
 from data_tools.manifest import DataError, manifest_path
 from tests.unit.data_tools.test_indexed_writer import full_disk
@@ -34,6 +38,35 @@ def test_files_of_another_run_are_not_described(tmp_path: Path) -> None:
     manifest_path(other).replace(manifest_path(prefix))
     with pytest.raises(DataError, match="do not belong together"):
         describe(prefix)
+
+
+def write_bare(prefix: Path, ids: list[int]) -> None:
+    """A document, without a manifest."""
+    with IndexedWriter(prefix, 600, np.dtype(np.int64)) as writer:
+        writer.add_tokens(np.array(ids))
+        writer.add_tables(np.array([len(ids)]), np.array([1]))
+        writer.finish()
+
+
+def test_an_id_in_a_gap_of_the_vocabulary_is_named(tmp_path: Path) -> None:
+    model = tmp_path / "bytes.tiktoken"
+    ranks = ((base64.b64encode(bytes([byte])).decode(), byte) for byte in range(256))
+    model.write_text("".join(f"{token} {rank}\n" for token, rank in ranks))
+    about = {"pattern": r"\S+|\s+", "special_tokens": {"<|endoftext|>": 300}}
+    Path(f"{model}.json").write_text(json.dumps(about))
+    write_bare(tmp_path / "good", [97, 98, 300])
+    assert describe(tmp_path / "good", model)[1]["texts"] == {0: "ab"}
+    write_bare(tmp_path / "a", [97, 280])
+    with pytest.raises(DataError, match=r"a\.bin, document 0: an id that .*bytes\.tiktoken does"):
+        describe(tmp_path / "a", model)
+
+
+@pytest.mark.parametrize("token", [600, 1 << 31, (1 << 63) - 1, -1])
+def test_ids_of_another_tokenizer_are_named(tmp_path: Path, model_path: Path, token: int) -> None:
+    """In files without a manifest, whatever the library does over an id that it lacks."""
+    write_bare(tmp_path / "a", [5, token])
+    with pytest.raises(DataError, match=r"a\.bin, document 0: an id that .*small\.model does not"):
+        describe(tmp_path / "a", model_path)
 
 
 NOT_UTF8 = pytest.param(

@@ -403,6 +403,8 @@ def test_what_verify_checks(
         ("id", [*documents, [[1, 99, 0]]], None),
         ("late", [*documents, [[1, 2]]], r"token 15 ends a document and is not"),
         ("within", [*FIRST, [[1, 0, 2, 0]], *SECOND], r"token 7 is the end-of-document id within"),
+        ("empty first", [[[]], *documents], r"a document without a token, .* before token 0;"),
+        ("empty", [*documents, [], [[1, 0]]], r"a document without a token, .* before token 14;"),
         ("several", [*documents, [[1], [0], [3, 0]]], r"token 15 is the end-of-document id"),
     ):
         prefix = write(tmp_path / name, changed)
