@@ -159,10 +159,7 @@ class IndexedWriter:
         return records
 
     def complete(self) -> list[FileRecord]:
-        """Writes the index; both files reach the disk under temporary names. Their records.
-
-        Raises DataError where the tables do not cut all tokens.
-        """
+        """Writes the index; both files reach the disk under temporary names. Their records."""
         index = HashedFile(idx_path(self.prefix))
         self._files.append(index)
         write_index(
@@ -173,13 +170,25 @@ class IndexedWriter:
             lambda: read_table(self._lengths, np.int32),
             read_table(self._documents, np.int64) if self._documents else None,
         )
-        records = [self._data.close(), index.close()]
-        if records[0].bytes != self.num_tokens * self.dtype.itemsize:
-            raise DataError(
-                f"{self.prefix}: {records[0].bytes} bytes of tokens, of which the lengths describe "
-                f"{self.num_tokens * self.dtype.itemsize}; prepare the inputs again"
-            )
-        return records
+        return [self._data.close(), index.close()]
+
+    def describe(self, manifest: Manifest) -> None:
+        """Has `manifest` reach the disk, to be published with the files; after `complete`."""
+        # Before the index: without that nothing is read, so a kill leaves no data undescribed.
+        self._files.insert(1, HashedFile(manifest_path(self.prefix)))
+        self._files[1].write(manifest.stored())
+        self._files[1].close()
+
+    def publish(self) -> None:
+        """Renames the files; after `complete`.
+
+        The former index and manifest of the prefix go first, and the new index comes last, so that
+        a power cut in between leaves an index missing rather than one that belongs to other data.
+        """
+        remove_published(self.prefix)
+        for file in self._files:
+            file.publish()
+        sync_path(bin_path(self.prefix).parent)
 
     def describe(self, manifest: Manifest) -> None:
         """Has `manifest` reach the disk, to be published with the files; after `complete`."""
@@ -253,7 +262,7 @@ def _spool(folder: Path) -> BinaryIO:
 
 
 def check_free(prefix: str | Path) -> None:
-    """Raises DataError where PREFIX's files cannot take their names, for a folder is there."""
+    """Raises DataError where a folder has the name of a file of PREFIX, or a file of its folder."""
     for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)):
         if path.is_dir():
             raise DataError(f"{path}: is a folder; give another --out")
