@@ -190,24 +190,6 @@ class IndexedWriter:
             file.publish()
         sync_path(bin_path(self.prefix).parent)
 
-    def describe(self, manifest: Manifest) -> None:
-        """Has `manifest` reach the disk, to be published with the files; after `complete`."""
-        # Before the index: without that nothing is read, so a kill leaves no data undescribed.
-        self._files.insert(1, HashedFile(manifest_path(self.prefix)))
-        self._files[1].write(manifest.stored())
-        self._files[1].close()
-
-    def publish(self) -> None:
-        """Renames the files; after `complete`.
-
-        The former index and manifest of the prefix go first, and the new index comes last, so that
-        a power cut in between leaves an index missing rather than one that belongs to other data.
-        """
-        remove_published(self.prefix)
-        for file in self._files:
-            file.publish()
-        sync_path(bin_path(self.prefix).parent)
-
 
 def write_index(
     write: Callable[[bytes | memoryview], object],
