@@ -21,7 +21,7 @@ import mmap
 import os
 import secrets
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -285,7 +285,7 @@ class Manifest(_Record):
     """The first of them: file, row and fault."""
     tokens: int = Field(ge=0)
     plan: str | None = Field(default=None, pattern="^[0-9a-f]{32}$")
-    """See `plan_digest`; the same for all shards of a run."""
+    """Digest of how the sources were cut into units; the same for all shards of a run."""
     engine: str | None = None
     """What computed the ids: the tokenizer's own library, or a faster one checked against it."""
     derived_from: list[Printable] = []
@@ -301,18 +301,6 @@ class Manifest(_Record):
     def stored(self) -> bytes:
         """The content of PREFIX.manifest.json."""
         return self.model_dump_json(indent=1).encode() + b"\n"
-
-
-def plan_digest(sources: Iterable[tuple[str, int]]) -> str:
-    """xxh3-128 (hex) of all sources' (name, bytes), in order; of a run, whatever its shard reads.
-
-    Without their folders, which may be others on another machine. The options are not in it: the
-    manifest has them itself.
-    """
-    digest = xxhash.xxh3_128()
-    for name, size in sources:
-        digest.update(f"{printable(Path(name).name)}\0{size}\0".encode())
-    return digest.hexdigest()
 
 
 def read_manifest(prefix: str | Path) -> Manifest | None:

@@ -165,7 +165,7 @@ def _check_shards(prefixes: Sequence[str | Path], manifests: Sequence[Manifest])
     options = [manifest.options.model_dump(exclude={"shard"}) for manifest in manifests]
     _check_same(prefixes, options, mend)
     planned = [pair for pair in zip(prefixes, manifests, strict=True) if pair[1].plan]
-    plans = [{"set of sources": manifest.plan} for _, manifest in planned]
+    plans = [{"cut of the sources": manifest.plan} for _, manifest in planned]
     _check_same([prefix for prefix, _ in planned], plans, mend)
     read: dict[str, FileRecord] = {}
     for prefix, manifest in zip(prefixes, manifests, strict=True):

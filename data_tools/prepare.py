@@ -30,7 +30,6 @@ from data_tools.manifest import (
     check_indexed,
     hash_file,
     manifest_path,
-    plan_digest,
     read_manifest,
 )
 from data_tools.rows import Document, ReadOptions
@@ -135,9 +134,8 @@ def prepare(
     )
     check_free(out_prefix)
     files, rows_elsewhere = fetch_first_rows(inputs, settings.fraction)
-    sources = find_sources(files, outputs=out_prefix)
     plan = make_plan(
-        sources,
+        find_sources(files, outputs=out_prefix),
         settings.read_options(),
         skip_faults=settings.skip_faults,
         fraction=settings.fraction,
@@ -170,8 +168,7 @@ def prepare(
             folder=journal.folder,
         )
         _work(plan, journal, job, chosen, settings, progress)
-        digest = plan_digest((source.name, source.bytes) for source in sources)
-        manifest = _manifest(plan, digest, journal, chosen, settings)
+        manifest = _manifest(plan, journal, chosen, settings)
         journal.publish(manifest.stored())
     return manifest
 
@@ -320,9 +317,7 @@ def _take_hashes(journal: Journal, hashes: dict[str, Future[str]], *, only_done:
         journal.add_source(name, hashes.pop(name).result())
 
 
-def _manifest(
-    plan: Plan, digest: str, journal: Journal, tokenizer: Tokenizer, settings: Settings
-) -> Manifest:
+def _manifest(plan: Plan, journal: Journal, tokenizer: Tokenizer, settings: Settings) -> Manifest:
     read = {part.source for unit in plan.units[: len(journal.units)] for part in unit}
     return Manifest.model_validate(
         {
@@ -343,7 +338,7 @@ def _manifest(
             "skipped": sum(entry.skipped for entry in journal.units) + len(plan.faults),
             "skipped_rows": [*map(str, plan.faults), *journal.skipped_rows][:MOST_LISTED],
             "tokens": journal.tokens,
-            "plan": digest,
+            "plan": plan.digest,
             "engine": tokenizer.engine,
             "outputs": journal.write_outputs(),
             "versions": versions(),

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import xxhash
+
 from data_tools import rows
 from data_tools.hub import share_of
-from data_tools.manifest import DataError
+from data_tools.manifest import DataError, printable
 from data_tools.rows import Fault, Piece, ReadOptions, Row
 from data_tools.sources import Source
 
@@ -46,6 +48,8 @@ class Plan:
     units: list[Unit]
     faults: list[Fault]
     """Files that cannot be read at all, where such are skipped."""
+    digest: str
+    """Of how all sources are cut, whatever the shard; by their names without their folders."""
 
     @property
     def sources(self) -> list[Source]:
@@ -88,10 +92,21 @@ def make_plan(
     if fraction is not None:
         parts = _first(parts, fraction, rows_elsewhere)
     units = list(_units(parts))
+    digest = _digest(units)
     if shard is not None:
         units = units[_start(shard.index - 1, shard, units) : _start(shard.index, shard, units)]
         faults = faults if shard.index == 1 else []
-    return Plan(units, faults)
+    return Plan(units, faults, digest)
+
+
+def _digest(units: list[Unit]) -> str:
+    """xxh3-128, hex. Another version may cut otherwise: its shards do not go with this one's."""
+    digest = xxhash.xxh3_128()
+    for unit in units:
+        # On another machine the same files may lie in another folder.
+        named = [(printable(source.path.name), source.bytes, *piece) for source, piece in unit]
+        digest.update(f"{named}\n".encode())
+    return digest.hexdigest()
 
 
 def _start(index: int, shard: Shard, units: list[Unit]) -> int:

@@ -18,7 +18,6 @@ from data_tools.manifest import (
     index_fingerprint,
     manifest_path,
     map_blocks,
-    plan_digest,
     read_manifest,
     write_manifest,
 )
@@ -188,19 +187,6 @@ def test_every_name_in_a_manifest_can_be_written(tmp_path: Path) -> None:
     assert odd.stored().count(rb"x\\udce9") == 5
     with pytest.raises(ValueError, match="name"):
         manifest.changed(sources=[{**record, "name": 5}])
-
-
-def test_the_plan_follows_the_sources() -> None:
-    """Not the folder, which is another on another machine."""
-    first = plan_digest([("in/a.jsonl", 3), ("in/b\udce9", 4)])
-    assert plan_digest([("/data/a.jsonl", 3), ("/data/b\udce9", 4)]) == first
-    others = (
-        [("a.jsonl", 3)],
-        [("a.jsonl", 3), ("b\udce9", 5)],
-        [("a.jsonl", 3), ("c", 4)],
-        [("b\udce9", 4), ("a.jsonl", 3)],
-    )
-    assert len({first, *map(plan_digest, others)}) == 5
 
 
 def test_the_fingerprint_follows_the_index(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def shard(folder: Path, index: int, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "other"),
     [
-        ({"plan": "1" * 32}, "another set of sources than"),
+        ({"plan": "1" * 32}, "another cut of the sources than"),
         ({"options": {"text_column": "body"}}, "another text_column than"),
         ({"options": {"fraction": 0.25}}, "another fraction than"),
         ({"options": {"max_document_bytes": None}}, "another max_document_bytes than"),

@@ -4,6 +4,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -399,13 +400,32 @@ def test_where_the_output_cannot_be(
 
 
 def test_shards_of_other_inputs_are_not_merged(
-    many: Path, corpus: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
+    many: Path,
+    tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run(many, tokenizer, tmp_path / "a", text_column="text", shard=Shard(1, 2))
     (many / "d.jsonl").write_text('{"text": "new"}\n')
     run(many, tokenizer, tmp_path / "b", text_column="text", shard=Shard(2, 2))
-    with pytest.raises(DataError, match="another set of sources than .*; give shards of one run"):
+    with pytest.raises(DataError, match="another cut of the sources than .*; give shards of one"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    monkeypatch.setattr(rows, "PIECE_BYTES", 500)  # by another version, say
+    run(many, tokenizer, tmp_path / "a", text_column="text", shard=Shard(1, 2))
+    with pytest.raises(DataError, match="another cut of the sources than .*; give shards of one"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    monkeypatch.setattr(rows, "PIECE_BYTES", 300)
+    shutil.copytree(many, tmp_path / "elsewhere" / "many")
+    run(
+        tmp_path / "elsewhere/many",
+        tokenizer,
+        tmp_path / "a",
+        text_column="text",
+        shard=Shard(1, 2),
+    )
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    run(many, tokenizer, tmp_path / "d", text_column="text")
+    assert content(tmp_path / "c")["bin"] == content(tmp_path / "d")["bin"]
 
 
 def test_a_shard_may_have_nothing_to_do(
