@@ -54,7 +54,7 @@ _GPT2_AFTER_DIGITS = (
 _NOT_STABLE = re.compile("[^\\0-\u02ff\u2010-\u2027\u4e00-\u9fff]")
 
 # Scripts of which some version of Unicode has digits that another one lacks: the package asks two.
-_RARE_DIGITS = re.compile("[\U00010000-\U0001efff]")
+_RARE_DIGITS = re.compile("[\U00010000-\U0001cfff\U0001d800-\U0001efff]")
 _BLANKS = 100_000
 # Classes that the two libraries' regular expressions fill alike; \w and [:alpha:] are others.
 _ALIKE = frozenset("pPsSdDrnt")
@@ -87,7 +87,7 @@ class TiktokenEngine:
         ]
         forms = {*in_text, *map(self._normalize, in_text)} - {""}
         self._in_text = re.compile("|".join(map(re.escape, forms))) if forms else None
-        ranks, self._ids = _ranks(description["model"])
+        ranks, self._ids = _ranks(reference, description.pop("model"))
         self._bytes = np.array([*map(len, ranks)])
         pattern = _pattern(description["pre_tokenizer"])
         self._left_out = _RARE_DIGITS if pattern == _GPT2_AFTER_DIGITS else None
@@ -105,7 +105,8 @@ class TiktokenEngine:
 
     def _by_tiktoken(self, text: str) -> np.ndarray | None:
         """None for a text that it cannot do."""
-        if (self._left_out and self._left_out.search(text)) or _is_blank_for_long(text):
+        is_rare = self._left_out and not text.isascii() and self._left_out.search(text)
+        if is_rare or _is_blank_for_long(text):
             return None
         normalized = self._normalize(text)
         if self._in_text and (self._in_text.search(text) or self._in_text.search(normalized)):
@@ -203,7 +204,7 @@ def _normalizer(reference: JsonTokenizer, description: Any) -> Callable[[str], s
     return lambda text: normalize(text) if _NOT_STABLE.search(text) else text
 
 
-def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray]:
+def _ranks(reference: JsonTokenizer, model: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray]:
     """(rank of each token's bytes, ids by rank).
 
     tiktoken joins the pair whose result has the lowest rank: ranks follow the merges' order, with
@@ -222,8 +223,8 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray]:
         raise UnsupportedError("a vocabulary without all bytes")
     if len(set(merged)) != len(merged):  # several ways to one token: a file made from ranks
         merged = sorted(set(merged), key=vocab.__getitem__)
-    made = _made_by_merges(model, merged)
-    if model.get("ignore_merges") and len(made) + len(to_byte) < len(vocab):
+    made = _made_by_merges(reference, model)
+    if model["ignore_merges"] and len(made) + len(to_byte) < len(vocab):
         raise UnsupportedError("a vocabulary with tokens that no merge makes")
     order = [*to_byte, *(token for token in merged if token in made)]
     latin = str.maketrans({character: chr(byte) for character, byte in to_byte.items()})
@@ -231,13 +232,15 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray]:
     return ranks, np.array([vocab[token] for token in order], dtype=np.int32)
 
 
-def _made_by_merges(model: dict[str, Any], tokens: Sequence[str]) -> set[str]:
-    """Those of the tokens that the reference makes out of their own characters."""
-    import tokenizers
+def _made_by_merges(reference: JsonTokenizer, model: dict[str, Any]) -> set[str]:
+    """The merged tokens that the reference makes out of their own characters."""
+    bpe = reference.model.model
+    if model["ignore_merges"]:
+        import tokenizers
 
-    merges = json.dumps({"model": {**model, "ignore_merges": False}})
-    bpe = tokenizers.Tokenizer.from_str(merges).model
-    return {token for token in tokens if len(token) > 1 and len(bpe.tokenize(token)) == 1}
+        merges = json.dumps({"model": {**model, "ignore_merges": False}})
+        bpe = tokenizers.Tokenizer.from_str(merges).model
+    return {token for token in map("".join, model["merges"]) if len(bpe.tokenize(token)) == 1}
 
 
 def _pattern(description: dict[str, Any] | None) -> str:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from data_tools import engines
 from data_tools.corpus import stdlib_root
 from data_tools.prepare import Settings, prepare
-from data_tools.tokenizers import train_tokenizer
+from data_tools.tokenizers import JsonTokenizer, load_tokenizer, train_tokenizer
 from tests.unit.data_tools.reading_process import ReadingProcess
 from tests.unit.data_tools.test_readers import TEXTS, WRITERS
 
@@ -84,8 +84,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [file.read_text() for file in sorted((stdlib_root() / "json").glob("*.py"))]
     for name in ("bpe.json", "sentencepiece.model"):
         train_tokenizer(texts, folder / name, 400)
-    model = json.loads((folder / "bpe.json").read_bytes())["model"]
-    ranks, _ = engines._ranks(model)
+    reference = load_tokenizer(folder / "bpe.json")
+    assert isinstance(reference, JsonTokenizer)
+    ranks, _ = engines._ranks(reference, json.loads(reference.model.to_str())["model"])
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
     (folder / "ranks.tiktoken").write_bytes(b"".join(lines))
     (folder / "ranks.tiktoken.json").write_text(

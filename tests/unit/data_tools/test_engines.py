@@ -301,7 +301,7 @@ def test_rank_files(tmp_path: Path) -> None:
 
     reference = load_tokenizer(train(tmp_path / "a.json", "gpt2"))
     assert isinstance(reference, JsonTokenizer)
-    ranks, ids = engines._ranks(json.loads(reference.path.read_text())["model"])
+    ranks, ids = engines._ranks(reference, json.loads(reference.model.to_str())["model"])
     path = tmp_path / "a.tiktoken"
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
     path.write_text("".join(lines))
