@@ -443,7 +443,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno in _WRONG_PATH:
             _fail(2, f"{error}; give another path")
-        _fail(1, f"{error}; give the same command again once that is mended")
+        mend = "" if error.errno is None else "; give the same command again once that is mended"
+        _fail(1, f"{error}{mend}")
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except _UsageError as error:

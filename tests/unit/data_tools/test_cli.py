@@ -129,6 +129,7 @@ def test_another_tokenizer_is_not_used_to_decode(
             2,
             "File exists: 'a\\nb'; give another path",
         ),
+        (ChildProcessError("a worker died; mend it"), 1, "taid-data: a worker died; mend it\n"),
         (IsADirectoryError(21, "Is a directory"), 2, "Is a directory; give another path"),
         (OSError(36, "File name too long"), 2, "File name too long; give another path"),
         (DataError("a\nb.txt: bad\r"), 2, "a\\nb.txt: bad\\r"),
