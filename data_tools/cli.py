@@ -260,9 +260,13 @@ def corpus_command(
     It is the sources of Python's standard library: train.jsonl and held_out.jsonl.
     """
     from data_tools.corpus import write_stdlib_corpus
+    from data_tools.display import report
 
-    for path, documents in write_stdlib_corpus(out).values():
-        print(f"{path}: {documents:,} documents, {path.stat().st_size / 1e6:.1f} MB")
+    lines = [
+        f"{path}: {documents:,} documents, {path.stat().st_size / 1e6:.1f} MB"
+        for path, documents in write_stdlib_corpus(out).values()
+    ]
+    report(False, "\n".join(lines), {})
 
 
 @app.command("inspect", epilog=examples("inspect"))
@@ -433,7 +437,7 @@ def _shard(text: str) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits with its code. arguments: default sys.argv[1:]."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 shows \\u escapes
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 shows escapes
         sys.stdout.reconfigure(errors="backslashreplace")
     command = typer.main.get_command(app)
     try:

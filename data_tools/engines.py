@@ -222,7 +222,9 @@ def _ranks(reference: JsonTokenizer, model: dict[str, Any]) -> tuple[dict[bytes,
     if any(token not in vocab for token in to_byte):
         raise UnsupportedError("a vocabulary without all bytes")
     if len(set(merged)) != len(merged):  # several ways to one token: a file made from ranks
-        merged = sorted(set(merged), key=vocab.__getitem__)
+        if merged != sorted(merged, key=vocab.__getitem__):
+            raise UnsupportedError("merges into one token that do not stand together")
+        merged = list(dict.fromkeys(merged))
     made = _made_by_merges(reference, model)
     if model["ignore_merges"] and len(made) + len(to_byte) < len(vocab):
         raise UnsupportedError("a vocabulary with tokens that no merge makes")

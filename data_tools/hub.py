@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +34,10 @@ def fetch_from_hub(address: str) -> Path:
     Only Parquet, Arrow and JSON-lines files are fetched. Raises DataError where that fails.
     """
     name, folder = _parts(address)
-    patterns = [f"{folder}{stars}*.{end}" for end in _ENDINGS for stars in ("", "**/")]
-    return _download(address, name, patterns) / folder
+    revision, files = _listed(address, name, folder)
+    patterns = [f"{glob.escape(folder)}*.{end}" for end in _ENDINGS]  # the hub's * takes in /
+    wanted = [file for file in files if file.endswith(_ENDINGS)]
+    return _download(address, name, revision, patterns, wanted) / folder
 
 
 def fetch_first_rows(
@@ -50,25 +53,19 @@ def fetch_first_rows(
         return inputs, 0
     address = str(inputs[0])
     name, folder = _parts(address)
-    with _asking(address):
-        import huggingface_hub
-
-        about = huggingface_hub.HfApi().dataset_info(name)
-        found = [PurePosixPath(sibling.rfilename) for sibling in about.siblings or []]
-    # In the order, and without what is hidden, as a local folder is read.
-    visible = [file for file in sorted(found) if not any(p.startswith(".") for p in file.parts)]
-    files = [str(file) for file in visible if str(file).startswith(folder)]
+    revision, files = _listed(address, name, folder)
     tables = [file for file in files if file.endswith(".parquet")]
     if not tables or any(file.endswith(_ENDINGS) for file in {*files} - {*tables}):
         return inputs, 0
     with _asking(address), ThreadPoolExecutor(_CONNECTIONS) as pool:
-        places = [f"datasets/{name}@{about.sha}/{file}" for file in tables]
+        places = [f"datasets/{name}@{revision}/{file}" for file in tables]
         counts = list(pool.map(_count_rows, places))
     # The same share as units.py takes of local files.
     wanted = share_of(sum(counts), fraction)
     needed = 1 + sum(rows < wanted for rows in accumulate(counts))
-    local = _download(address, name, tables[:needed], about.sha)
-    return [local / file for file in tables[:needed]], sum(counts[needed:])
+    first = tables[:needed]
+    local = _download(address, name, revision, [*map(glob.escape, first)], first)
+    return [local / file for file in first], sum(counts[needed:])
 
 
 def share_of(total: int, fraction: float) -> int:
@@ -94,17 +91,36 @@ def _parts(address: str) -> tuple[str, str]:
     return "/".join(parts[:2]), "/".join([*parts[2:], ""])
 
 
-def _download(address: str, name: str, patterns: list[str], revision: str | None = None) -> Path:
+def _listed(address: str, name: str, folder: str) -> tuple[str, list[str]]:
+    """(the revision, its files below the folder in the order of a local one's, hidden ones not)."""
     with _asking(address):
         import huggingface_hub
 
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            raise ConnectionError("HF_HUB_OFFLINE is set, so what the cache lacks cannot be told")
-        return Path(
+        about = huggingface_hub.HfApi().dataset_info(name)
+    found = sorted(PurePosixPath(sibling.rfilename) for sibling in about.siblings or [])
+    visible = [str(file) for file in found if not any(p.startswith(".") for p in file.parts)]
+    return str(about.sha), [file for file in visible if file.startswith(folder)]
+
+
+def _download(
+    address: str, name: str, revision: str, patterns: list[str], wanted: list[str]
+) -> Path:
+    """Raises DataError where a wanted file is not there afterwards."""
+    with _asking(address):
+        import huggingface_hub
+
+        local = Path(
             huggingface_hub.snapshot_download(
                 name, repo_type="dataset", allow_patterns=patterns, revision=revision
             )
         )
+    # Without an answer from the hub, the client takes what its cache happens to hold.
+    if missing := [file for file in wanted if not (local / file).exists()]:
+        raise DataError(
+            f"{address}: {len(missing)} files are missing after the download, {missing[0]} among "
+            "them; give the same command again, or give a local copy"
+        )
+    return local
 
 
 @contextmanager

@@ -43,6 +43,8 @@ from data_tools.manifest import (
 )
 from data_tools.worker import MOST_LISTED, UnitResult, lengths_file, tokens_file
 
+# Of this folder's files, those of units and those not yet under their names included.
+_NAMES = ("plan.json", "journal.jsonl", "tokens", "lengths", "index", "manifest.json", "unit-")
 _SYNC_SECONDS = 10.0  # what a power cut may cost; a kill costs nothing that was finished
 
 
@@ -99,9 +101,7 @@ class Journal:
         described = self.folder / "plan.json"
         # Without its plan, as a restart that was cut short may leave it, work is nobody's.
         if restart or not described.exists():
-            for file in self.folder.iterdir():
-                if file.name != "lock":
-                    file.unlink()
+            _drop_work(self.folder)
         if described.exists():
             _check_same(self.folder, _read_plan(described), plan)
         else:
@@ -188,7 +188,7 @@ class Journal:
         for stream, end in zip((self._tokens, self._lengths), ends, strict=True):
             stream.truncate(end)
             stream.seek(end)
-        return path.open("a")
+        return path.open("a", encoding="utf-8")
 
     def _is_kept(self, entry: UnitEntry, ends: list[int]) -> bool:
         """Whether the unit's bytes are there; moves `ends` behind them."""
@@ -287,7 +287,7 @@ def _parsed(line: bytes) -> UnitEntry | SourceEntry | None:
     try:
         values = json.loads(line)
         return (UnitEntry if "unit" in values else SourceEntry).model_validate(values)
-    except (ValueError, TypeError):  # also of what is no object
+    except (ValueError, TypeError, RecursionError):  # also of what is no object
         return None
 
 
@@ -332,10 +332,23 @@ def _lock_folder(folder: Path) -> BinaryIO:
         lock.close()
 
 
+def _drop_work(folder: Path) -> None:
+    """Raises DataError where the folder holds something else."""
+    files = [file for file in folder.iterdir() if file.name != "lock"]
+    for file in files:
+        if not file.name.startswith(_NAMES) or file.is_dir():
+            raise DataError(
+                f"{file}: no file of a run of prepare, whose folder this would be; move it away, "
+                "or give another --out"
+            )
+    for file in files:
+        file.unlink()
+
+
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
         plan = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         plan = None
     if not isinstance(plan, dict):
         raise DataError(f"{path}: damaged; drop the work in its folder with --restart")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from data_tools.indexed_writer import IndexedWriter, check_free
+from data_tools.indexed_writer import IndexedWriter, check_free, remove_published
 from data_tools.manifest import (
     CHUNK_ROWS,
     DataError,
@@ -60,7 +60,7 @@ def merge(prefixes: Sequence[str | Path], out_prefix: str | Path) -> Manifest:
             _copy_tables(files, writer)
         merged = first.changed(
             **_joined_description(manifests),
-            plan=next((one.plan for one in manifests if one.plan), None) if are_shards else None,
+            plan=first.plan if are_shards else None,
             documents=writer.num_documents,
             tokens=writer.num_tokens,
             derived_from=[str(prefix) for prefix in prefixes],
@@ -110,6 +110,8 @@ def split(
                 outputs=writer.complete(),
             )
             writer.describe(made[name])
+        for out in out_prefixes:  # a cut between two parts leaves no old one beside a new one
+            remove_published(out)
         for writer in writers:
             writer.publish()
     return made
@@ -164,9 +166,8 @@ def _check_shards(prefixes: Sequence[str | Path], manifests: Sequence[Manifest])
     mend = "give shards of one run"
     options = [manifest.options.model_dump(exclude={"shard"}) for manifest in manifests]
     _check_same(prefixes, options, mend)
-    planned = [pair for pair in zip(prefixes, manifests, strict=True) if pair[1].plan]
-    plans = [{"cut of the sources": manifest.plan} for _, manifest in planned]
-    _check_same([prefix for prefix, _ in planned], plans, mend)
+    plans = [{"cut of the sources": manifest.plan} for manifest in manifests]
+    _check_same(prefixes, plans, mend)
     read: dict[str, FileRecord] = {}
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         for source in manifest.sources:

@@ -223,7 +223,7 @@ def _describe(plan: Plan, tokenizer: Tokenizer, settings: Settings) -> dict[str,
     """All that the bytes depend on."""
     return {
         "sources": [[source.name, source.bytes, source.mtime_ns] for source in plan.sources],
-        "units": len(plan.units),
+        "units": plan.digest,
         "tokenizer": tokenizer.record().model_dump(),
         "options": settings.options().model_dump(),
         "engine": tokenizer.engine,

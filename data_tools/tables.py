@@ -92,6 +92,7 @@ class Parquet(_Columnar):
         self, file: Path, piece: Piece, options: ReadOptions
     ) -> Iterator[tuple[int, Any] | Fault]:
         arrow = import_arrow(file)
+        as_bytes = _AsBytes(arrow)
         with self._open(file) as opened:
             first = 0
             for number in range(opened.num_row_groups):
@@ -106,7 +107,7 @@ class Parquet(_Columnar):
                             use_threads=False,  # of one column; each would keep memory of its own
                         ):
                             if row < piece.stop and row + batch.num_rows > piece.start:
-                                yield row, _as_bytes(arrow, batch.column(0))
+                                yield row, as_bytes(batch.column(0))
                             row += batch.num_rows
                     except (arrow.ArrowException, OSError, ValueError) as error:
                         if getattr(error, "errno", None) is not None:
@@ -148,12 +149,13 @@ class Arrow(_Columnar):
         self, file: Path, piece: Piece, options: ReadOptions
     ) -> Iterator[tuple[int, Any] | Fault]:
         arrow = import_arrow(file)
+        as_bytes = _AsBytes(arrow)
         with arrow.memory_map(str(file)) as mapped:
             row = 0
             try:
                 for batch in _record_batches(self._reader(arrow, mapped)):
                     if row < piece.stop and row + batch.num_rows > piece.start:
-                        column = _as_bytes(arrow, batch.column(options.text_column))
+                        column = as_bytes(batch.column(options.text_column))
                         for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
                             yield row + start, column[start : start + _ROWS_PER_BATCH]
                     row += batch.num_rows
@@ -207,24 +209,43 @@ def _check_column(file: Path, schema: Any, options: ReadOptions) -> None:
         )
 
 
-def _as_bytes(arrow: Any, column: Any) -> Any:
-    """The strings as bytes: each row is decoded, and blamed, on its own.
+class _AsBytes:
+    """Strings as bytes: each row is decoded, and blamed, on its own.
 
     A mapped file is taken as it is: nothing follows an offset or an index before it is checked.
     """
-    from pyarrow import types
 
-    if types.is_dictionary(column.type):
-        column.indices.validate(full=True)
-        values = _as_bytes(arrow, column.dictionary)
-        return arrow.DictionaryArray.from_arrays(column.indices, values).dictionary_decode()
-    name = str(column.type)
-    if name.endswith("_view"):
-        viewed = column.view(arrow.binary_view())
-    else:
-        viewed = column.view(arrow.large_binary() if "large" in name else arrow.binary())
-    viewed.validate(full=True)
-    return viewed
+    def __init__(self, arrow: Any):
+        self._arrow = arrow
+        self._checked: tuple[Any, Any, Any] | None = None
+
+    def __call__(self, column: Any) -> Any:
+        from pyarrow import types
+
+        if types.is_dictionary(column.type):
+            column.indices.validate(full=True)
+            values = self._values(column.dictionary)
+            return self._arrow.DictionaryArray.from_arrays(
+                column.indices, values
+            ).dictionary_decode()
+        name = str(column.type)
+        if name.endswith("_view"):
+            viewed = column.view(self._arrow.binary_view())
+        else:
+            is_large = "large" in name
+            viewed = column.view(self._arrow.large_binary() if is_large else self._arrow.binary())
+        viewed.validate(full=True)
+        return viewed
+
+    def _values(self, dictionary: Any) -> Any:
+        """Batches share a dictionary, which may be larger than they are: it is checked once."""
+        dictionary.validate()  # its length, which may be any number, before that is looked at
+        place = [buffer and (buffer.address, buffer.size) for buffer in dictionary.buffers()]
+        key = (len(dictionary), dictionary.offset, place)
+        if self._checked is None or self._checked[0] != key:
+            # The dictionary too: while it lives, no other one takes its place in memory.
+            self._checked = key, dictionary, self(dictionary)
+        return self._checked[2]
 
 
 def _damaged_rows(file: Path, first: int, end: int, error: Exception) -> Fault:

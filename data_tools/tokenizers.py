@@ -19,7 +19,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_tools.manifest import DataError, TokenizerRecord, hash_file, write_atomically
+from data_tools.manifest import (
+    DataError,
+    TokenizerRecord,
+    hash_file,
+    printable,
+    write_atomically,
+)
 from data_tools.rows import one_line
 
 END_OF_TEXT = "<|endoftext|>"
@@ -94,8 +100,8 @@ def load_tokenizer(
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a .model, a tokenizer.json or a .tiktoken")
-    if eod_token is not None and not eod_token.isprintable():
-        raise DataError(f"--eod-token {eod_token!a}: not a token's text; give another")
+    if eod_token is not None and printable(eod_token) != eod_token:
+        raise DataError(f"--eod-token {eod_token!a}: not UTF-8; give another")
     tokenizer = _load(path, eod_token, threads or usable_cpus(), parse_special)
     if tokenizer.vocab_size > _MOST_IDS:
         raise DataError(
@@ -224,10 +230,11 @@ class JsonTokenizer(Tokenizer):
         from tokenizers import models
 
         bpe = self.model.model
-        if not isinstance(bpe, models.BPE) or bpe.unk_token is not None or bpe.byte_fallback:
+        if not isinstance(bpe, models.BPE) or bpe.unk_token is not None:
             return
+        names = [f"<0x{i:02X}>" for i in range(256)] if bpe.byte_fallback else byte_characters()
         known = self.model.get_vocab(with_added_tokens=False)
-        if missing := _UTF8_BYTES - {i for i, c in enumerate(byte_characters()) if c in known}:
+        if missing := _UTF8_BYTES - {i for i, name in enumerate(names) if name in known}:
             raise DataError(
                 f"{self.path}: a BPE without an unknown token that lacks {len(missing)} of UTF-8's "
                 "bytes, so it leaves out text; add an unk_token, or give another file"
@@ -237,7 +244,9 @@ class JsonTokenizer(Tokenizer):
         """Ids of each text, without any added special token. Each int32 [n]. Raises TextError."""
         try:
             batch = self.model.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception:  # bare: a word without an id, say, and no id for the unknown
+        except BaseException as error:  # a word without an id, say, and no id for the unknown
+            if not _is_failure(error):
+                raise
             for row, text in enumerate(texts):
                 with _encoding(row):
                     self.model.encode_batch_fast([text], add_special_tokens=False)
@@ -277,8 +286,10 @@ class TiktokenTokenizer(Tokenizer):
         with _reading(path, "a tiktoken encoding", mend):
             settings = json.loads(beside.read_bytes())
             special: dict[str, int] = settings["special_tokens"]
-            pairs = (line.split() for line in path.read_bytes().splitlines() if line)
+            pairs = [line.split() for line in path.read_bytes().splitlines() if line]
             ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+            if len(ranks) != len(pairs):
+                raise ValueError("a token that stands there twice")
             missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
             if missing:
                 raise ValueError(f"no token for the byte {missing[0]:#04x}")

@@ -167,7 +167,8 @@ def _made_with_a_tokenizer_of(vocab_size: int, config: Path, folder: Path) -> st
     manifest = Manifest(
         **{"sources": [], "tokenizer": tokenizer, "dtype": "uint16", "empty_documents": 0},
         **{"documents": 60, "tokens": int(files.sequence_lengths().sum())},
-        **{"options": Options(text_column="text", append_eod=True), "outputs": [], "versions": {}},
+        **{"options": Options(text_column="text", append_eod=True), "versions": {}},
+        outputs=[{"name": name, "bytes": 0, "xxh3": "0" * 32} for name in ("bin", "idx")],
     )
     write_manifest(prefix, manifest)
     return str(prefix)

@@ -173,6 +173,35 @@ def test_a_restart_that_is_killed_leaves_nothing_to_the_next_run(
     assert outputs(tmp_path / "a") == expected
 
 
+def test_work_of_another_cut_is_not_taken_up(
+    tmp_path: Path, inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many units of other rows: another version may cut otherwise."""
+    tokenizer, corpus = inputs
+
+    def run_and_die() -> None:
+        die_before_step(30)
+        prepare([corpus], tokenizer, tmp_path / "a", Settings(workers=1))
+
+    assert in_a_child(run_and_die) == KILLED
+    monkeypatch.setattr(rows, "PIECE_BYTES", 301)
+    with pytest.raises(DataError, match=r"a\.work: begun with other units; give what it was begun"):
+        prepare([corpus], tokenizer, tmp_path / "a", Settings(workers=1))
+
+
+def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+    tokenizer, corpus = inputs
+    (tmp_path / "notes.work").mkdir()
+    (tmp_path / "notes.work/mine.txt").write_text("precious")
+    for restart in (False, True):
+        settings = Settings(workers=1, restart=restart)
+        with pytest.raises(
+            DataError, match=r"mine\.txt: no file of a run of prepare, whose folder"
+        ):
+            prepare([corpus], tokenizer, tmp_path / "notes", settings)
+    assert (tmp_path / "notes.work/mine.txt").read_text() == "precious"
+
+
 def test_a_damaged_plan_is_told(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
     tokenizer, corpus = inputs
     for content in (b"", b"[1]", b'{"sources": ', b"\xff"):

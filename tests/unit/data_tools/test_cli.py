@@ -346,9 +346,10 @@ def test_fetching_is_a_command(
     assert (code, "no content after 1 tries" in error) == (2, True)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here, as on macOS")
 def test_output_that_is_not_taken(tmp_path: Path, text: Path, model_path: Path) -> None:
     """A full disk, a reader that has read enough, a terminal that knows no such letter."""
-    text.write_text("def naïve():\n")
+    text.write_text("def naïve():\n", encoding="utf-8")
     command = [sys.executable, "-m", "data_tools.cli"]
     given = [str(text), "--tokenizer", str(model_path), "--out", str(tmp_path / "a")]
     with Path("/dev/full").open("w") as full:

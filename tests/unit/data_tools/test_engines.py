@@ -240,6 +240,22 @@ def test_a_token_without_a_merge_is_found_where_merges_are_ignored(tmp_path: Pat
     ]
 
 
+def test_merges_into_one_token_that_do_not_stand_together(tmp_path: Path) -> None:
+    """ "abcd": c and d come before b and c among the merges, but not among the ids."""
+    merges = "a b, c d, ab c, b c, a bc"
+    path = made_of(tmp_path / "a.json", "bc ab cd abc", merges)
+    reference = load_tokenizer(path, eod_token="<|endoftext|>")
+    tokenizer, line = choose_engine(reference, "auto", list)
+    assert tokenizer is reference
+    assert "merges into one token that do not stand together" in line
+    path = made_of(tmp_path / "a.json", "bc ab abc cd", "b c, a b, a bc, ab c, c d")
+    reference = load_tokenizer(path, eod_token="<|endoftext|>")
+    tokenizer, _ = choose_engine(reference, "tiktoken", list)
+    for text in ("abcd", "bcd abab", "cdabc"):
+        (expected,) = reference.encode_batch([text])
+        assert tokenizer.encode_batch([text])[0].tolist() == expected.tolist()
+
+
 def test_digits_of_which_the_package_has_two_minds(tmp_path: Path) -> None:
     """U+11DE0 is a digit to its Digits, and none to its regular expressions."""
     path = train(tmp_path / "a.json", "smollm")
@@ -335,6 +351,7 @@ def test_rank_files(tmp_path: Path) -> None:
     [
         (b"YQ== 0\n", {}, r"no token for the byte 0x00.*; give the rank file"),
         (b"YQ==\n", {}, "not enough values to unpack"),
+        (b"YQ== 0\nYQ== 1\n", {}, "a token that stands there twice"),
         (None, {"pattern": 7}, "not a tiktoken encoding .*TypeError"),
         (None, {"special_tokens": None}, "not a tiktoken encoding"),
         (None, {"special_tokens": {"<|endoftext|>": 1 << 40}}, "OverflowError"),
@@ -378,3 +395,12 @@ def test_a_text_without_ids_is_told_by_its_place(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="the tokenizer fails at this text .*UNK.*; cut") as caught:
         reference.encode_batch(["known", "known", "unknown", "known"])
     assert caught.value.row == 2
+
+
+def test_a_text_over_which_the_package_breaks_off(tmp_path: Path) -> None:
+    """Its regular expressions give up after so many tries, by a panic."""
+    path = train(tmp_path / "a.json", "gpt2", pre_tokenizer=split_by(r"(a+)+\1b"))
+    reference = load_tokenizer(path)
+    with pytest.raises(TextError, match="the tokenizer fails at this text") as caught:
+        reference.encode_batch(["fine", "a" * 60])
+    assert caught.value.row == 1

@@ -1,5 +1,8 @@
 """A data set by name is its local copy; of a share, the files that hold it are fetched."""
 
+import os
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +18,7 @@ from data_tools.manifest import DataError
 from data_tools.prepare import Settings, prepare
 from data_tools.presets import prepare_preset
 from data_tools.sources import Corpus, find_sources
-from data_tools.tokenizers import SentencePieceTokenizer
+from data_tools.tokenizers import SentencePieceTokenizer, train_tokenizer
 
 ADDRESS = "hf://datasets/owner/name"
 REVISION = "5ha1"
@@ -27,6 +30,7 @@ class Hub:
     def __init__(self, folder: Path):
         self.dataset, self.cache = folder / "dataset", folder / "cache"
         self.fetched: list[str] = []
+        self.is_cut = False
 
     def dataset_info(self, name: str) -> SimpleNamespace:
         assert name == "owner/name"
@@ -41,11 +45,13 @@ class Hub:
     def download(
         self, name: str, repo_type: str, allow_patterns: list[str], revision: str | None
     ) -> str:
+        """As the client: names are patterns. Without an answer it takes what its cache holds."""
         assert (name, repo_type) == ("owner/name", "dataset")
-        assert revision in (None, REVISION)
+        assert revision == REVISION
         for path in sorted(self.dataset.rglob("*")):
             file = path.relative_to(self.dataset).as_posix()
-            if path.is_file() and any(fnmatch(file, pattern) for pattern in allow_patterns):
+            is_wanted = any(fnmatch(file, pattern) for pattern in allow_patterns)
+            if path.is_file() and is_wanted and not self.is_cut:
                 (self.cache / file).parent.mkdir(parents=True, exist_ok=True)
                 (self.cache / file).write_bytes(path.read_bytes())
                 self.fetched.append(file)
@@ -54,7 +60,7 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """Nine files of 4, 5, ... 12 rows, below part/."""
+    """Nine files of 4, 5, ... 12 rows, below part/; one has brackets in its name."""
     hub = Hub(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub.download)
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
@@ -63,7 +69,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     (hub.dataset / "README.md").write_text("about")
     for number in range(9):
         texts = [f"file {number} row {row}" for row in range(4 + number)]
-        pq.write_table(pa.table({"text": texts}), hub.dataset / f"part/{number}.parquet")
+        name = f"part/{number}.parquet" if number else "part/0-[v1].parquet"
+        pq.write_table(pa.table({"text": texts}), hub.dataset / name)
     return hub
 
 
@@ -147,11 +154,36 @@ def test_what_cannot_be_fetched_is_told(hub: Hub, monkeypatch: pytest.MonkeyPatc
     def fail(*_: object, **__: object) -> str:
         raise OSError("no\nroute")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     monkeypatch.setattr(hub, "dataset_info", fail)
     for work in (lambda: find_sources([ADDRESS]), lambda: fetch_first_rows([ADDRESS], 0.1)):
         with pytest.raises(DataError, match=r"could not be fetched \(OSError: no route\)"):
             work()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="HF_HUB_OFFLINE is set, so what the cache lacks"):
-        find_sources([ADDRESS])
+
+
+def test_a_cache_of_some_files_is_not_the_data_set(hub: Hub) -> None:
+    """Where the network goes in the middle, the client hands out what it has."""
+    find_sources([f"{ADDRESS}/part"])
+    (hub.cache / "part/5.parquet").unlink()
+    hub.is_cut = True
+    missing = r"1 files are missing after the download, part/5\.parquet among them; give the same"
+    with pytest.raises(DataError, match=missing):
+        find_sources([f"{ADDRESS}/part"])
+    fetch_first_rows([f"{ADDRESS}/part"], 0.01)
+    with pytest.raises(DataError, match=missing):
+        fetch_first_rows([f"{ADDRESS}/part"], 0.9)
+
+
+@pytest.mark.parametrize("share", [[], ["--fraction", "0.1"]])
+def test_the_real_client_without_a_hub(tmp_path: Path, share: list[str]) -> None:
+    """Nobody has imported any part of it before; no port answers at that address."""
+    command = [sys.executable, "-m", "data_tools.cli", "prepare", f"{ADDRESS}/part", *share]
+    command += ["--tokenizer", str(tmp_path / "a.json"), "--out", str(tmp_path / "a")]
+    train_tokenizer(["some text"], tmp_path / "a.json", 258)
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"taid-data: {ADDRESS}/part: could not be fetched (")
+    assert "AttributeError" not in last
+    assert "or give a local copy" in last

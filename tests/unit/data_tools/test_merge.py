@@ -129,6 +129,7 @@ def shard(folder: Path, index: int, **changes: object) -> Path:
     ("changes", "other"),
     [
         ({"plan": "1" * 32}, "another cut of the sources than"),
+        ({"plan": None}, "another cut of the sources than"),
         ({"options": {"text_column": "body"}}, "another text_column than"),
         ({"options": {"fraction": 0.25}}, "another fraction than"),
         ({"options": {"max_document_bytes": None}}, "another max_document_bytes than"),
@@ -145,8 +146,8 @@ def test_shards_of_another_run_are_not_merged(
 
 
 def test_shards_may_differ_in_what_computed_them(tmp_path: Path) -> None:
-    """And in whether the version that made them knew plans; both computers are named."""
-    first = shard(tmp_path, 1, plan=None, versions={"numpy": "1", "pyarrow": "3"})
+    """Both computers are named."""
+    first = shard(tmp_path, 1, versions={"numpy": "1", "pyarrow": "3"})
     second = shard(tmp_path, 2, engine="tiktoken", versions={"numpy": "2"})
     merged = merge([first, second], tmp_path / "m")
     assert (merged.plan, merged.engine) == (HASH, "tokenizers, tiktoken")
@@ -288,6 +289,29 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     made = split(prefix, {"a": 0.5, "b\udce9": 0.5}, tmp_path / "s")
     assert made["b\udce9"] == read_manifest(tmp_path / "s-b\udce9")
     assert made["b\udce9"].outputs[0].name == "s-b\\udce9.bin"
+
+
+def test_a_split_that_is_cut_leaves_no_old_part_beside_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else documents could be in both."""
+    prefix = write(tmp_path / "a", [[[i % 90 + 1, i // 90 + 1], [0]] for i in range(200)])
+    split(prefix, {"train": 0.5, "test": 0.5}, tmp_path / "s")
+    publish = IndexedWriter.publish
+    published: list[IndexedWriter] = []
+
+    def publish_one(writer: IndexedWriter) -> None:
+        if published:
+            raise OSError("cut")
+        published.append(writer)
+        publish(writer)
+
+    monkeypatch.setattr(IndexedWriter, "publish", publish_one)
+    with pytest.raises(OSError, match="cut"):
+        split(prefix, {"train": 0.5, "test": 0.5}, tmp_path / "s", seed=1)
+    verify(tmp_path / "s-train")
+    with pytest.raises(DataError, match=r"s-test\.idx: no such file"):
+        verify(tmp_path / "s-test")
 
 
 @pytest.mark.parametrize(

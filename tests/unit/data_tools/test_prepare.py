@@ -472,12 +472,13 @@ def test_a_worker_that_dies_at_work_names_its_files(
         (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(line.encode() * 2000))
 
     def kill_the_workers() -> None:
-        while not list((tmp_path / "out.work").glob("unit-*.tokens")):
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not list(tmp_path.glob("out.work/unit-*.tokens")):
             time.sleep(0.01)
         for process in multiprocessing.active_children():
             process.kill()
 
-    thread = threading.Thread(target=kill_the_workers)
+    thread = threading.Thread(target=kill_the_workers, daemon=True)
     thread.start()
     with pytest.raises(ChildProcessError, match=r"\(at work on [^)]*[ab]\.jsonl\.gz\); the same"):
         prepare([tmp_path / "*.gz"], tokenizer.path, tmp_path / "out", Settings(workers=2))

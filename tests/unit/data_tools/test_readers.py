@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_tools import rows as rows_module
+from data_tools import tables
 from data_tools.manifest import DataError
 from data_tools.readers import FORMATS, kind_of
 from data_tools.rows import Document, Fault, Piece, ReadOptions
@@ -118,6 +119,25 @@ def test_kinds_of_text_columns(tmp_path: Path, kind: pa.DataType) -> None:
     write_arrow_file(tmp_path / "a.arrow", TEXTS, kind)
     rows = read(tmp_path / "a.arrow")
     assert [row.text for row in rows if isinstance(row, Document)] == TEXTS
+
+
+def test_a_dictionary_is_checked_once_for_its_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be larger than each of them."""
+    calls = []
+    call = tables._AsBytes.__call__
+
+    def counted(self: tables._AsBytes, column: pa.Array) -> pa.Array:
+        calls.append(str(column.type))
+        return call(self, column)
+
+    monkeypatch.setattr(tables._AsBytes, "__call__", counted)
+    texts = [f"text {i % 300}" for i in range(900)]
+    write_arrow_file(tmp_path / "a.arrow", texts, pa.dictionary(pa.int32(), pa.string()))
+    rows = read(tmp_path / "a.arrow")
+    assert [row.text for row in rows if isinstance(row, Document)] == texts
+    assert (len(calls), calls.count("string")) == (226, 1)
 
 
 def test_a_file_of_text_is_taken_as_it_is(tmp_path: Path) -> None:

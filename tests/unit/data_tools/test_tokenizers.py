@@ -176,6 +176,15 @@ def test_a_bpe_that_would_leave_out_text_is_refused(tmp_path: Path) -> None:
     written["model"]["unk_token"] = "<|endoftext|>"
     path.write_text(json.dumps(written))
     assert load_tokenizer(path).encode_batch(["b"])[0].size == 1
+    written["model"] |= {"unk_token": None, "byte_fallback": True}
+    path.write_text(json.dumps(written))
+    with pytest.raises(DataError, match="lacks 243 of UTF-8's bytes, so it leaves out text"):
+        load_tokenizer(path)
+
+
+def test_a_blank_may_end_documents(tmp_path: Path) -> None:
+    path = json_tokenizer(tmp_path / "a.json", ["\n"])
+    assert load_tokenizer(path, eod_token="\n").eod_id == 0
 
 
 def test_ids_are_no_matter_of_chance(tmp_path: Path) -> None:
@@ -195,7 +204,7 @@ def test_unusable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for eod_token in (None, "</s>"):
         with pytest.raises(DataError, match=r"zero\.model: zero bytes; give another"):
             load_tokenizer(tmp_path / "zero.model", eod_token=eod_token)
-    with pytest.raises(DataError, match=r"--eod-token '\\udcff': not a token's text"):
+    with pytest.raises(DataError, match=r"--eod-token '\\udcff': not UTF-8; give another"):
         load_tokenizer(tmp_path / "zero.model", eod_token="\udcff")
     for name, fault in [("a.model", "not a sentencepiece"), ("a.json", "not a tokenizer.json")]:
         (tmp_path / name).write_text("nonsense")

@@ -173,7 +173,11 @@ def made_by(prefix: Path, fingerprint: str) -> None:
         },
         "options": {"text_column": "text", "append_eod": False},
         "dtype": "uint16",
-        **{"documents": 1, "empty_documents": 0, "tokens": 40, "outputs": [], "versions": {}},
+        **{"documents": 1, "empty_documents": 0, "tokens": 40, "versions": {}},
+        "outputs": [
+            {"name": f"{prefix.name}.{ending}", "bytes": 0, "xxh3": "0" * 32}
+            for ending in ("bin", "idx")
+        ],
     }
     Path(f"{prefix}.manifest.json").write_text(json.dumps(described))
 
