@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_tools.lengths import document_lengths, histogram_picture, histogram_text
+from data_tools.lengths import Lengths, document_lengths, histogram_picture, histogram_text
 from data_tools.manifest import DataError, check_counts, check_indexed, read_manifest
 from data_tools.tokenizers import Tokenizer, load_tokenizer
 from data_tools.verify import check_same_tokenizer
@@ -54,20 +54,8 @@ def describe(
         values["manifest"] = manifest.model_dump()
     if files.num_documents:
         lengths = document_lengths(files)
-        percentiles = lengths.percentiles()
-        values["lengths"] = {
-            "mean": lengths.mean,
-            "smallest": lengths.smallest,
-            "largest": lengths.largest,
-            "percentiles": percentiles,
-            "histogram": lengths.by_powers_of_two(),
-        }
-        lines += [
-            f"tokens in a document: mean {lengths.mean:,.1f}, from {lengths.smallest:,} to "
-            f"{lengths.largest:,}; "
-            + ", ".join(f"{percent}% up to {value:,}" for percent, value in percentiles.items()),
-            histogram_text(lengths),
-        ]
+        told, values["lengths"] = _told(lengths)
+        lines += told
         if histogram:
             histogram_picture(lengths, histogram, Path(prefix).name)
     texts = {
@@ -78,6 +66,23 @@ def describe(
     for number, text in texts.items():
         lines += [f"--- document {number}", text]
     return "\n".join(lines), values
+
+
+def _told(lengths: Lengths) -> tuple[list[str], dict[str, Any]]:
+    percentiles = lengths.percentiles()
+    lines = [
+        f"tokens in a document: mean {lengths.mean:,.1f}, from {lengths.smallest:,} to "
+        f"{lengths.largest:,}; "
+        + ", ".join(f"{percent}% up to {value:,}" for percent, value in percentiles.items()),
+        histogram_text(lengths),
+    ]
+    return lines, {
+        "mean": lengths.mean,
+        "smallest": lengths.smallest,
+        "largest": lengths.largest,
+        "percentiles": percentiles,
+        "histogram": lengths.by_powers_of_two(),
+    }
 
 
 def _shown(place: str, ids: list[int], model: Tokenizer | None) -> str:

@@ -30,6 +30,7 @@ from pydantic import BaseModel, Field
 
 from data_tools.indexed_writer import read_table, remove_published, write_index
 from data_tools.manifest import (
+    MOST_LISTED,
     WRITE_BYTES,
     DataError,
     FileRecord,
@@ -41,7 +42,7 @@ from data_tools.manifest import (
     sync_path,
     write_atomically,
 )
-from data_tools.worker import MOST_LISTED, UnitResult, lengths_file, tokens_file
+from data_tools.worker import UnitResult, lengths_file, tokens_file
 
 # Of this folder's files, those of units and those not yet under their names included.
 _NAMES = ("plan.json", "journal.jsonl", "tokens", "lengths", "index", "manifest.json", "unit-")

@@ -49,6 +49,9 @@ WRITE_BYTES = 4 << 20
 # Rows of the index handled at once: 8 MiB of int64, whatever the corpus' size.
 CHUNK_ROWS = 1 << 20
 
+# Rows that were left out, of which a manifest has the first.
+MOST_LISTED = 1000
+
 
 class DataError(ValueError):
     """Bad input: the message is one line that names the file (and row), the fault and the mend."""

@@ -15,6 +15,7 @@ import xxhash
 from data_tools.indexed_writer import IndexedWriter, check_free, remove_published
 from data_tools.manifest import (
     CHUNK_ROWS,
+    MOST_LISTED,
     DataError,
     FileRecord,
     IndexedFiles,
@@ -206,7 +207,9 @@ def _joined_description(manifests: Sequence[Manifest]) -> dict[str, object]:
         "options": options[0].model_copy(update={"shard": None, "text_column": columns, **limits}),
         "empty_documents": sum(manifest.empty_documents for manifest in manifests),
         "skipped": sum(manifest.skipped for manifest in manifests),
-        "skipped_rows": [row for manifest in manifests for row in manifest.skipped_rows][:1000],
+        "skipped_rows": [row for manifest in manifests for row in manifest.skipped_rows][
+            :MOST_LISTED
+        ],
         "engine": _joined(manifest.engine for manifest in manifests) or None,
         "versions": {
             name: _joined(manifest.versions.get(name) for manifest in manifests)

@@ -23,6 +23,7 @@ from data_tools.hub import fetch_first_rows
 from data_tools.indexed_writer import check_free, token_dtype
 from data_tools.journal import Journal, finish_publishing
 from data_tools.manifest import (
+    MOST_LISTED,
     DataError,
     FileRecord,
     Manifest,
@@ -36,7 +37,7 @@ from data_tools.rows import Document, ReadOptions
 from data_tools.sources import Source, find_sources
 from data_tools.tokenizers import Tokenizer, load_tokenizer, usable_cpus
 from data_tools.units import Plan, Shard, Unit, make_plan, read_unit
-from data_tools.worker import MOST_LISTED, Job, UnitResult, Workers
+from data_tools.worker import Job, UnitResult, Workers
 
 
 @dataclass(frozen=True, kw_only=True)

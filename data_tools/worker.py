@@ -18,7 +18,7 @@ import numpy as np
 
 from data_tools.engines import CheckedTokenizer
 from data_tools.indexed_writer import MOST_TOKENS_PER_SEQUENCE, token_dtype
-from data_tools.manifest import DataError, hash_file
+from data_tools.manifest import MOST_LISTED, DataError, hash_file
 from data_tools.rows import Document, Fault, ReadOptions
 from data_tools.tokenizers import JsonTokenizer, TextError, Tokenizer, load_tokenizer
 from data_tools.units import Unit, read_unit
@@ -27,7 +27,6 @@ from data_tools.units import Unit, read_unit
 # `tokenizers` package needs some 100 bytes a token of a batch, and is no faster on larger ones.
 _BATCH_DOCUMENTS = 64
 _BATCH_CHARACTERS = 1 << 18
-MOST_LISTED = 1000
 _MOST_NAMED = 8
 
 
