@@ -35,7 +35,7 @@ _DOCUMENTS_PER_STEP = 1 << 16
 
 
 # Larger ones would read back faster, and cost more than that to write on virtual machines.
-_BLOCK_BYTES = 1 << 19
+_BLOCK_BYTES = 1 << 18
 
 
 def merge(prefixes: Sequence[str | Path], out_prefix: str | Path) -> Manifest:
