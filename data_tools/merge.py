@@ -107,6 +107,7 @@ def split(
             made[name] = manifest.changed(
                 documents=writer.num_documents,
                 tokens=writer.num_tokens,
+                plan=None,
                 derived_from=[f"{prefix}, split {name} {share:g}, seed {seed}"],
                 outputs=writer.complete(),
             )

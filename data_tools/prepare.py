@@ -28,6 +28,7 @@ from data_tools.manifest import (
     FileRecord,
     Manifest,
     Options,
+    check_counts,
     check_indexed,
     hash_file,
     manifest_path,
@@ -183,15 +184,23 @@ def _made_before(
     if manifest.options != settings.options() or (manifest.skipped and not settings.skip_faults):
         return None
     given = plan.sources
-    if settings.token_budget is not None:  # the rest was not needed
+    budget = settings.token_budget
+    if budget is not None and manifest.tokens >= budget:  # the rest was not needed
         given = given[: len(manifest.sources)]
+    elif manifest.plan != plan.digest:  # of more or fewer rows, or cut otherwise
+        return None
+    if manifest.plan is None:  # made of several, or of a part
+        return None
     written = manifest_path(prefix).stat().st_mtime_ns
     if len(given) != len(manifest.sources) or not all(
         _is_recorded(source, record, written)
         for source, record in zip(given, manifest.sources, strict=True)
     ):
         return None
-    check_indexed(prefix)
+    try:
+        check_counts(check_indexed(prefix), manifest)
+    except DataError:  # they will be written anew
+        return None
     return manifest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +38,7 @@ PRESETS: dict[str, tuple[CorpusPart, ...]] = {
             "python-edu",
             "python-edu/text/*.jsonl.gz",
             4e9,
-            "its Parquet files hold ids only: taid-data fetch-python-edu '{source}' --out "
-            "{folder}/python-edu",
+            "its Parquet files hold ids only: taid-data fetch-python-edu {source} --out {folder}",
         ),
     ),
 }
@@ -131,7 +131,8 @@ def _find(part: CorpusPart, roots: Sequence[str | Path]) -> str:
     source = f"{first}/{part.name}"
     if not is_on_hub(first):
         source = glob.escape(source) + "/*.parquet"
-    hint = part.mend.format(source=source, folder=target) or "check the folder"
+    quoted = {"source": shlex.quote(source), "folder": shlex.quote(f"{target}/{part.name}")}
+    hint = part.mend.format(**quoted) or "check the folder"
     if not local:
         hint += f", and give {target} beside it"
     raise DataError(

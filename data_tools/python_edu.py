@@ -110,7 +110,11 @@ def _parts(inputs: Sequence[str | Path], out: Path) -> list[tuple[Path, Piece]]:
     for source in find_sources(inputs, outputs=out / "text"):
         if source.kind != "parquet":
             raise DataError(f"{source.path}: not a Parquet file; give python-edu's")
-        pieces = source.format.pieces(source.path, options)
+        try:
+            pieces = source.format.pieces(source.path, options)
+        except DataError as error:  # its mend is for prepare
+            fault = str(error).rpartition("; ")[0]
+            raise DataError(f"{fault}; give python-edu's Parquet files") from error
         rows = pieces[-1].stop if pieces else 0
         parts += [
             (source.path, Piece(start, min(start + PART_ROWS, rows), 0))
@@ -164,7 +168,8 @@ def _missing(out: Path, number: int, piece: Piece) -> int | None:
     except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
         return None
     rows = piece.stop - piece.start
-    return missing if missing == rows or (missing < rows and texts.is_file()) else None
+    is_there = texts.is_file() and texts.stat().st_size > 0
+    return missing if missing == rows or (missing < rows and is_there) else None
 
 
 def _blob_ids(file: Path, piece: Piece) -> Iterator[str]:

@@ -127,7 +127,7 @@ def test_a_preset_takes_each_part_from_where_it_is(
             Settings(workers=1, fraction=0.1),
         )
 
-    missing = f"fetch-python-edu '{ADDRESS}/python-edu' --out {local}/python-edu, or name the other"
+    missing = f"fetch-python-edu {ADDRESS}/python-edu --out {local}/python-edu, or name the other"
     with pytest.raises(DataError, match=missing):
         run()
     with pytest.raises(DataError, match="out smollm-corpus/python-edu, and give smollm-corpus bes"):

@@ -17,7 +17,8 @@ import pytest
 
 from data_tools import rows
 from data_tools.engines import CheckedTokenizer
-from data_tools.manifest import DataError, check_indexed, hash_file, read_manifest
+from data_tools.manifest import DataError, check_indexed, hash_file, idx_path, read_manifest
+from data_tools.merge import split
 from data_tools.prepare import Progress, Settings, prepare
 from data_tools.tokenizers import SentencePieceTokenizer, TextError
 from data_tools.units import Shard
@@ -351,6 +352,32 @@ def test_what_is_taken_as_made_before(
     assert not is_reused()
     assert is_reused()
     assert "other" in texts_of(out, tokenizer)[-1]
+
+
+@pytest.mark.parametrize("share", [{"fraction": 0.1}, {"token_budget": 10**9}, {}])
+def test_files_that_came_later_are_not_left_out(
+    tokenizer: SentencePieceTokenizer, tmp_path: Path, share: dict[str, object]
+) -> None:
+    """A tenth of more rows may lie in the same first file; a budget was not reached before."""
+    out, folder = tmp_path / "a", tmp_path / "in"
+    folder.mkdir()
+
+    def documents() -> int:
+        settings = Settings(workers=1, reuse=True, **share)  # type: ignore[arg-type]
+        return prepare([folder], tokenizer.path, out, settings).documents
+
+    for name, rows_there in (("a", 60), ("b", 256)):
+        texts = [f"{name} {row}" for row in range(rows_there)]
+        pq.write_table(pa.table({"text": texts}), folder / f"{name}.parquet")
+        found = documents()
+    assert found == (32 if "fraction" in share else 316)
+    idx_path(out).unlink()
+    assert documents() == found  # written anew
+    verify(out)
+    split(out, {"x": 0.5, "y": 0.5}, tmp_path / "s")
+    for name in ("bin", "idx", "manifest.json"):
+        Path(f"{tmp_path}/s-x.{name}").rename(f"{out}.{name}")
+    assert documents() == found  # half of it is no part
 
 
 def test_names_that_are_not_utf8(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_bad_inputs_are_named(tmp_path: Path, ids: Path, server: str) -> None:
     pq.write_table(pa.table({"blob_id": ["ab", "../secret"]}), tmp_path / "evil.parquet")
     for name, fault in (
         ("a.txt", "not a Parquet file"),
-        ("other.parquet", "no column 'blob_id'"),
+        ("other.parquet", r"no column 'blob_id' \(it has: text\); give python-edu's Parquet"),
         ("evil.parquet", r"row 2: '../secret' is no blob id"),
     ):
         with pytest.raises(DataError, match=fault):
@@ -188,7 +188,9 @@ def parts_asked() -> set[int]:
     return {int(blob_id, 16) // 8 for blob_id in Failing.asked}
 
 
-@pytest.mark.parametrize("damage", ["no texts", "cut off", "not JSON", "no object", "too many"])
+@pytest.mark.parametrize(
+    "damage", ["no texts", "zero bytes", "cut off", "not JSON", "no object", "too many"]
+)
 def test_a_part_that_is_not_whole_is_fetched_again(
     tmp_path: Path, ids: Path, server: str, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -198,6 +200,8 @@ def test_a_part_that_is_not_whole_is_fetched_again(
     left_out = out / "left-out/part-00001.jsonl"
     if damage == "no texts":
         (out / "text/part-00001.jsonl.gz").unlink()
+    elif damage == "zero bytes":
+        (out / "text/part-00001.jsonl.gz").write_bytes(b"")
     else:
         line = left_out.read_bytes()
         damaged = {"cut off": line[:-5], "not JSON": b"\xff\n", "no object": b"[1]\n"}
