@@ -117,7 +117,7 @@ class TiktokenEngine:
             # What its pattern does not match tiktoken leaves out.
             is_whole = self._bytes[ranks].sum() == len(normalized.encode())
         except BaseException as error:
-            # It panics on very long runs of white space.
+            # Long blanks, over which it panics, do not get here; others may be too much for it.
             if not is_panic(error) and not isinstance(error, ValueError):
                 raise
             return None
@@ -212,7 +212,7 @@ def _ranks(reference: JsonTokenizer, model: dict[str, Any]) -> tuple[dict[bytes,
     nowhere, for what happens between its ends does not depend on what stands around it: it is left
     out. With all others both do the same.
     """
-    if model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback"):
+    if model["type"] != "BPE" or model.get("byte_fallback"):
         raise UnsupportedError("not a plain BPE")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UnsupportedError("a BPE with prefixes or suffixes")
